@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export MPLBACKEND = agg
 
-.PHONY: run test outputs docs clean install
+.PHONY: run test outputs docs checkpoint clean install
 
 run: .venv/installed
 	$(BIN)/realign-run runs/world
@@ -35,6 +35,10 @@ outputs: .venv/installed
 docs: .venv/installed
 	@command -v quarto > /dev/null || { echo "make docs needs Quarto (quarto.org); make test checks the docs without it"; exit 1; }
 	$(BIN)/nbdev_docs
+
+# train the packaged tiny VLM from zero: half an hour on one quiet core (nbs/94_recipe.ipynb)
+checkpoint: .venv/installed
+	$(BIN)/python -c "from realign_nb.recipe import train; train('realign_nb/assets/tiny')"
 
 # what the other targets made, except .venv
 clean:

@@ -78,12 +78,13 @@ def last_checkpoint(
         except (OSError, ValueError): return -1
     return str(best) if (best := max(Path(folder).glob("checkpoint-*"), key=steps, default=None)) and steps(best)>0 else None
 
-# %% ../nbs/46_arms.ipynb #0816af60
+# %% ../nbs/46_arms.ipynb #71348cbe
 def train_arm(
     path, # a run folder with pairs
     arm:str, # key of `ARMS`
     seed:int, # of adapter, order and random images
-    s     # `TrainSettings`
+    s,    # `TrainSettings`
+    bar=False # show the trainer's progress bar with its loss
 )->None:
     "Train one adapter into arms/NAME-seedN/; continues from its last checkpoint."
     from transformers import PrinterCallback, set_seed
@@ -95,7 +96,7 @@ def train_arm(
     if (run/"done.json").exists(): return
     t, vlm = time.time(), load_vlm(model)
     set_seed(seed)    # the adapter's random start is drawn before the trainer sets its own seed
-    trainer = make_trainer(vlm.model, vlm.processor, pairs, train_config(s, arm, seed, run/"checkpoints", len(pairs)))
+    trainer = make_trainer(vlm.model, vlm.processor, pairs, replace(train_config(s, arm, seed, run/"checkpoints", len(pairs)), disable_tqdm=not bar))
     trainer.remove_callback(PrinterCallback)   # the log is a file
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated") # trl asks transformers by its old name

@@ -7,14 +7,14 @@ __all__ = ['add_settings', 'read_settings', 'quiet', 'one_thread', 'progress_bar
            'do_pairs', 'do_report', 'run_train', 'run_eval', 'run_all', 'main_pairs', 'main_train', 'main_eval',
            'main_run']
 
-# %% ../nbs/90_cli.ipynb #b089a08e
+# %% ../nbs/90_cli.ipynb #841cf4eb
 import argparse, json, os, sys
 from dataclasses import fields
 from pathlib import Path
 from .arms import ARMS, TrainSettings, arm_folder, finished, train_arm
 from .core import read_jsonl
 from .results import EvalSettings, evaluate_arm, report_data
-from .stages import PairsSettings, make_pairs
+from .stages import PairsSettings, make_pairs, open_run
 
 # %% ../nbs/90_cli.ipynb #7f5c1829
 def add_settings(
@@ -36,11 +36,12 @@ def read_settings(
     "The settings that a command line asks for."
     return kind(**{f.name: getattr(args, f.name) for f in fields(kind)})
 
-# %% ../nbs/90_cli.ipynb #e1c598fd
+# %% ../nbs/90_cli.ipynb #e783ccfc
 def quiet(): # called by commands and workers
     "Keep the bars and notices of the libraries off the screen; ours stay."
     import warnings
     from transformers.utils import logging as hf
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     hf.disable_progress_bar(); hf.set_verbosity_error()
     for kind in (FutureWarning, DeprecationWarning): warnings.simplefilter("ignore", kind)
 
@@ -66,26 +67,27 @@ def progress_bar(
     from tqdm import tqdm
     return tqdm(total=total, initial=done, desc=name, disable=None, dynamic_ncols=True)
 
-# %% ../nbs/90_cli.ipynb #846ff4a8
+# %% ../nbs/90_cli.ipynb #2aee48bd
 def do_arm(
     path:str,  # the run folder
     arm:str,   # key of `ARMS`, or "base"
     seed:int,  # of the training
     train,     # `TrainSettings`, or None to leave training out
-    evaluation # `EvalSettings`, or None to leave evaluation out
+    evaluation,# `EvalSettings`, or None to leave evaluation out
+    bar=False  # show the trainer's own bar
 )->str: # what is shown when it is done
     "Train and evaluate one arm; what is done already is left as it is."
-    if train and arm!="base": train_arm(path, arm, seed, train)
+    if train and arm!="base": train_arm(path, arm, seed, train, bar)
     if evaluation: evaluate_arm(path, arm, seed, evaluation)
     log = read_jsonl(arm_folder(path, "arms", arm, seed)/"log.jsonl")
     return f"{arm}, seed {seed}" + (f", loss {float(log[-1]['loss']):.3f}" if log else "")
 
-# %% ../nbs/90_cli.ipynb #30e57551
+# %% ../nbs/90_cli.ipynb #dc70ec26
 def do_arms(
     path:str,   # the run folder
     arms:list,  # keys of `ARMS`
     seeds:list, # of the trainings
-    workers:int,# processes
+    workers:int,# processes; None: 2 for the tiny model, else 1
     train,      # `TrainSettings` or None
     evaluation  # `EvalSettings` or None
 ):
@@ -93,15 +95,15 @@ def do_arms(
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
     jobs = ([("base", 0)] if evaluation else []) + [(a, s) for s in seeds for a in arms]
-    bar = progress_bar(len(jobs), 0, "arms")
+    bar, workers = progress_bar(len(jobs), 0, "arms"), workers or (2 if open_run(path).settings["model"]=="tiny" else 1)
     if workers>1:
         with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), one_thread) as pool:
             for f in as_completed([pool.submit(do_arm, path, a, s, train, evaluation) for a,s in jobs]): bar.set_postfix_str(f.result()); bar.update()
     else:
-        for a, s in jobs: bar.set_postfix_str(do_arm(path, a, s, train, evaluation)); bar.update()
+        for a, s in jobs: bar.set_postfix_str(do_arm(path, a, s, train, evaluation, sys.stderr.isatty())); bar.update()
     bar.close()
 
-# %% ../nbs/90_cli.ipynb #e1453acc
+# %% ../nbs/90_cli.ipynb #62a89da8
 def command(
     name:str,  # of the program
     about:str, # one line for --help
@@ -115,7 +117,7 @@ def command(
     if arms:
         p.add_argument("--arms", nargs="+", default=["rdpo", "dpo", "sft", "random"], choices=list(ARMS), metavar="ARM", help=f"ways of training: {', '.join(ARMS)} (default: the first four)")
         p.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="training seeds (default: 0)")
-    p.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes for arms (default: %(default)s)")
+    p.add_argument("--workers", type=int, help="processes that train and evaluate arms (default: 2 for the tiny model, else 1)")
     return p
 
 # %% ../nbs/90_cli.ipynb #09f888ed

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'ARMS', 'arm_name', 'style', 'new_axes', 'reward_curves', 'loss_curves', 'similarity_histogram', 'strip',
-           'Html', 'gallery', 'forest', 'scale_axes', 'radar', 'figure_html']
+           'Html', 'gallery', 'write_words', 'pair_figure', 'forest', 'scale_axes', 'radar', 'figure_html']
 
-# %% ../nbs/10_intro.ipynb #ffe4b61f
+# %% ../nbs/10_intro.ipynb #6518d8ca
 import base64, io
-from .core import open_image
+from .core import open_image, word_diff
 
 # %% ../nbs/10_intro.ipynb #aa7ddbd9
 COLORS = dict(chosen="#0072b2", rejected="#d55e00", reference="#7f7f7f", third="#009e73", fourth="#cc79a7", fifth="#56b4e9", sixth="#b8860b")
@@ -121,6 +121,40 @@ def gallery(
     "The first pairs with both images and the differing words marked."
     box = '<div style="flex:1 1 420px;min-width:0;border:1px solid #8884;border-radius:8px;padding:8px">{}</div>'
     return Html('<div style="display:flex;flex-wrap:wrap;gap:10px">' + "".join(box.format(p._repr_html_()) for p in pairs[:n]) + "</div>")
+
+# %% ../nbs/10_intro.ipynb #438adb82
+def write_words(
+    ax,         # axes whose coordinates run from 0 to 1
+    y:float,    # height of the first line
+    parts:list, # of (text, colour)
+    step:float=.09 # height of a line
+)->float: # height of the line after the last
+    "Write words from left to right, each in its colour, and break lines where the axes end."
+    x, seen = 0., ax.figure.canvas.get_renderer()
+    for word, color in [(w, c) for text, c in parts for w in text.split()]:
+        t = ax.text(x, y, word, color=color, fontsize=9, va="top", fontweight="bold" if color!="black" else "normal")
+        width = t.get_window_extent(seen).transformed(ax.transData.inverted()).width
+        if x+width>1: x, y = 0., y-step; t.set_position((x, y))
+        x += width+.012
+    return y-step
+
+# %% ../nbs/10_intro.ipynb #f45d1e8a
+def pair_figure(
+    pair # a `PreferencePair`
+): # matplotlib figure
+    "Both images, and the texts with the words that differ in colour."
+    import matplotlib.pyplot as plt
+    fig = plt.figure(figsize=(9, 2.6), dpi=72)
+    for n, (ref, name) in enumerate(((pair.image, "image $v$"), (pair.retrieved_image, "retrieved image $v_l$"))):
+        ax = fig.add_axes([.005+n*.235, .02, .22, .84]); ax.imshow(open_image(ref)); ax.set_title(name, fontsize=9); ax.axis("off")
+    ax = fig.add_axes([.49, .02, .5, .94]); ax.axis("off")
+    y = write_words(ax, 1., [(pair.prompt, "black")]) - .04
+    diff = word_diff(pair.chosen, pair.rejected)
+    for name, side, color in (("chosen", 1, COLORS["chosen"]), ("rejected", 2, COLORS["rejected"])):
+        y = write_words(ax, y, [(name, COLORS["reference"])]); y = write_words(ax, y, [(d[side], "black" if d[0] else color) for d in diff]) - .04
+    write_words(ax, write_words(ax, y, [("masked", COLORS["reference"])]), [(pair.masked, "black")])
+    plt.close(fig)
+    return fig
 
 # %% ../nbs/10_intro.ipynb #9b7fb935
 def forest(

@@ -52,7 +52,7 @@ def retrieved_view(
     "v_l of Algorithm 1: the image under which the rejected response was written."
     return [p.retrieved_image for p in pairs]
 
-# %% ../nbs/33_rdpo.ipynb #8753cf33
+# %% ../nbs/33_rdpo.ipynb #30b55233
 def random_view(
     pairs,      # `PreferencePair`s, the whole set: the pictures are drawn from it
     seed:int=0  # of the draw
@@ -65,7 +65,8 @@ def random_view(
     order, rng, out = sorted(pool), random.Random(seed), []
     for p in pairs:
         mine = {keys[name(p.image)], keys[name(p.retrieved_image)]}
-        if len(order)<=len(mine & pool.keys()): raise ValueError(f"record {p.id}: no third picture to draw from; the random view needs at least three different images")
+        if pool.keys()<=mine:
+            raise ValueError(f"record {p.id}: no third picture to draw from; the random view needs three different images")
         while (k := rng.choice(order)) in mine: pass
         out.append(pool[k])
     return out

@@ -30,7 +30,7 @@ def response_ids(
     ids = ids[len(before):] if ids[:len(before)]==before else tok(text, add_special_tokens=False)["input_ids"]
     return ids + [tok.eos_token_id]
 
-# %% ../nbs/34_rows.ipynb #71e33247
+# %% ../nbs/34_rows.ipynb #8e8da852
 def encode_prompts(
     prompts:list, # of texts x
     images:list,  # as many paths or PIL images
@@ -43,14 +43,15 @@ def encode_prompts(
     ids = [row[mask.bool()] for row, mask in zip(enc["input_ids"], enc["attention_mask"])]
     features = {k: v for k,v in enc.items() if k not in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")}
     for k, v in features.items():
-        if len(v)!=len(images): raise ValueError(f"{type(processor).__name__}: {k} has {len(v)} entries for {len(images)} images; flat rows need one per image, use another model")
+        if len(v)!=len(images):
+            raise ValueError(f"{type(processor).__name__}: {k} has {len(v)} entries for {len(images)} images, not one per image")
     return ids, features
 
 # %% ../nbs/34_rows.ipynb #d6bdafc7
 class TooLong(ValueError):
     "A row that does not fit into the model; the text names the record and the two lengths."
 
-# %% ../nbs/34_rows.ipynb #7e3826df
+# %% ../nbs/34_rows.ipynb #010666fb
 def check_length(
     name:str,     # id of the record
     needed:int,   # tokens of the row, image tokens and EOS included
@@ -58,7 +59,7 @@ def check_length(
 ):
     "Refuse a row that the model cannot hold."
     if allowed and needed>allowed:
-        raise TooLong(f"record {name} needs {needed} tokens, the model holds {allowed}; shorten its texts or remove it (rows are never truncated)")
+        raise TooLong(f"record {name} needs {needed} tokens, the model holds {allowed}; shorten its texts or remove it")
 
 # %% ../nbs/34_rows.ipynb #8bf0fd40
 def context_length(
@@ -67,7 +68,7 @@ def context_length(
     "How many tokens a row may have."
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-# %% ../nbs/34_rows.ipynb #b159939c
+# %% ../nbs/34_rows.ipynb #72076558
 def needed_lengths(
     pairs:list, # of `PreferencePair`s
     processor   # of the model
@@ -80,13 +81,17 @@ def needed_lengths(
         if size not in tokens: tokens[size] = len(encode_prompts([""], [Image.new("RGB", size)], processor)[0][0])
         plain = [len(tok(chat_text(processor, t), add_special_tokens=False)["input_ids"]) for t in (text, "")]
         return tokens[size]+plain[0]-plain[1]
-    return {p.id: max(prompt(p.prompt, im) for im in (p.image, p.retrieved_image)) + max(len(response_ids(processor, p.prompt, y)) for y in (p.chosen, p.rejected))
-            for p in pairs}
+    def response(p): return max(len(response_ids(processor, p.prompt, y)) for y in (p.chosen, p.rejected))
+    return {p.id: max(prompt(p.prompt, im) for im in (p.image, p.retrieved_image)) + response(p) for p in pairs}
 
-# %% ../nbs/34_rows.ipynb #73e805fe
-EXTRA = ("labels", "streams", "ids", "keep") # what `flat_rows` adds to the arguments of the model's forward
+# %% ../nbs/34_rows.ipynb #41420fbe
+def _answer(pair, side, processor):
+    "Response ids of one side as a tensor; an empty response is an error."
+    name = dict(w="chosen", l="rejected")[side]
+    if not getattr(pair, name).strip(): raise ValueError(f"record {pair.id}: its {name} response is empty; remove the record")
+    return torch.tensor(response_ids(processor, pair.prompt, getattr(pair, name)))
 
-# %% ../nbs/34_rows.ipynb #80919802
+# %% ../nbs/34_rows.ipynb #08961143
 def flat_rows(
     pairs:list,           # B `PreferencePair`s
     processor,            # of the model
@@ -107,17 +112,11 @@ def flat_rows(
             check_length(p.id, len(prompts[source])+len(y), max_length)
             rows.append((source, torch.cat([prompts[source], y]), torch.cat([torch.full_like(prompts[source], -100), y])))
     source, ids, labels = zip(*rows)
-    ids, labels = (pad_sequence(x, batch_first=True, padding_value=v) for x, v in ((ids, processor.tokenizer.pad_token_id), (labels, -100)))
-    mask = (torch.arange(ids.shape[1])<torch.tensor([len(r[1]) for r in rows])[:, None]).long()
+    mask = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+    ids, labels = (pad_sequence(x, True, v) for x, v in ((ids, processor.tokenizer.pad_token_id), (labels, -100)))
     keep = ids.shape[1]-min(len(prompts[r[0]]) for r in rows)+1        # from the last prompt token of the shortest prompt on
-    return dict(input_ids=ids, attention_mask=mask, **{k: v[list(source)] for k,v in features.items()}, labels=labels, streams=tuple(names), ids=[p.id for p in pairs], keep=keep)
-
-# %% ../nbs/34_rows.ipynb #41420fbe
-def _answer(pair, side, processor):
-    "Response ids of one side as a tensor; an empty response is an error."
-    name = dict(w="chosen", l="rejected")[side]
-    if not getattr(pair, name).strip(): raise ValueError(f"record {pair.id}: its {name} response is empty; remove the record")
-    return torch.tensor(response_ids(processor, pair.prompt, getattr(pair, name)))
+    return dict(input_ids=ids, attention_mask=mask, **{k: v[list(source)] for k,v in features.items()},
+                labels=labels, streams=tuple(names), ids=[p.id for p in pairs], keep=keep)
 
 # %% ../nbs/34_rows.ipynb #4658e979
 def row_lengths(
@@ -125,6 +124,9 @@ def row_lengths(
 )->dict: # stream -> `[B]` int64
     "Counted tokens of each response, EOS included."
     return dict(zip(rows["streams"], (rows["labels"]!=-100).sum(1).chunk(len(rows["streams"]))))
+
+# %% ../nbs/34_rows.ipynb #73e805fe
+EXTRA = ("labels", "streams", "ids", "keep") # what `flat_rows` adds to the arguments of the model's forward
 
 # %% ../nbs/34_rows.ipynb #1f450981
 def branch_logps(

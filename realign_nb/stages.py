@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'opt', 'PairsSettings', 'WorldAnnotator', 'draw_world', 'find_images', 'image_root', 'move_paths',
-           'open_run', 'load_pairs', 'relative_pairs', 'note_seconds', 'make_samples', 'embed_images', 'make_pairs']
+           'open_run', 'load_pairs', 'relative_paths', 'note_seconds', 'make_samples', 'embed_images', 'make_pairs']
 
 # %% ../nbs/45_stages.ipynb #8530f309
 import json, os, time
@@ -120,13 +120,15 @@ def image_root(
     images = run.settings["images"]
     return run/"images" if images=="world" else Path(images)
 
-# %% ../nbs/45_stages.ipynb #7fe5dd00
+# %% ../nbs/45_stages.ipynb #8590b346
 def move_paths(
-    pair,  # `PreferencePair`
+    pair,  # `PreferencePair` or `Miss`
     change # path as text -> path as text
-): # the same pair with every image path changed
-    "Apply one function to every image path of a pair."
-    tried = [c | dict(image=change(c["image"])) for c in pair.provenance.get("tried", [])]
+): # the same record with every image path changed
+    "Apply one function to every image path of a record."
+    move = lambda tried: [c | dict(image=change(c["image"])) for c in tried]
+    if isinstance(pair, Miss): return replace(pair, tried=move(pair.tried))
+    tried = move(pair.provenance.get("tried", []))
     return replace(pair, image=change(pair.image), retrieved_image=change(pair.retrieved_image), provenance=pair.provenance | dict(tried=tried))
 
 # %% ../nbs/45_stages.ipynb #a9bab082
@@ -148,14 +150,14 @@ def load_pairs(
     root = image_root(run)
     return Records(move_paths(p, lambda x: str(root/x)) for p in Records.load(run/"pairs.jsonl", PreferencePair))
 
-# %% ../nbs/45_stages.ipynb #13de7337
-def relative_pairs(
-    pairs, # `PreferencePair`s with openable paths
-    run    # their `Run`
+# %% ../nbs/45_stages.ipynb #7ee4dc27
+def relative_paths(
+    records, # `PreferencePair`s or `Miss`es with openable paths
+    run      # their `Run`
 )->Records: # the same with paths relative to the image folder
-    "What is written to pairs.jsonl."
+    "What is written to pairs.jsonl and misses.jsonl."
     root = image_root(run)
-    return Records(move_paths(p, lambda x: Path(x).relative_to(root).as_posix()) for p in pairs)
+    return Records(move_paths(r, lambda x: Path(x).relative_to(root).as_posix()) for r in records)
 
 # %% ../nbs/45_stages.ipynb #f10aa0d2
 def note_seconds(
@@ -168,7 +170,7 @@ def note_seconds(
     old = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, old | {stage: round(old.get(stage, 0)+seconds, 1)})
 
-# %% ../nbs/45_stages.ipynb #6348876e
+# %% ../nbs/45_stages.ipynb #85a42515
 def make_samples(
     run,        # `Run` of these settings
     s,          # `PairsSettings`
@@ -184,6 +186,7 @@ def make_samples(
         Records(Miss(b["image"], b["reason"]) for b in bad).save(run/"skipped.jsonl")
         annotator, prompts = None, {path: [s.prompt] for path in hashes}
     kind = s.annotator if s.annotator!="auto" else "world" if annotator else "self"
+    if kind=="world" and s.completer=="annotator": raise ValueError("--completer annotator: the world's annotator knows answers but cannot fill masks; use --annotator self or a model folder")
     if kind=="world" and not annotator: raise ValueError("--annotator world knows only the embedded world; use self or a model folder for your own images")
     if kind!="world":
         from realign_nb.models import load_vlm
@@ -208,7 +211,7 @@ def embed_images(
         os.replace(f"{file}.tmp", file)
     return np.load(file)
 
-# %% ../nbs/45_stages.ipynb #a64eceab
+# %% ../nbs/45_stages.ipynb #106e3348
 def make_pairs(
     path,        # the run folder
     s,           # `PairsSettings`
@@ -231,7 +234,7 @@ def make_pairs(
     if s.balance:
         pairs, dropped = balance_yes_no(pairs, s.data_seed)
         misses = Records([*misses, *dropped])
-    misses.save(run/"misses.jsonl")
-    relative_pairs(pairs, run).save(run/"pairs.jsonl")
+    relative_paths(misses, run).save(run/"misses.jsonl")
+    relative_paths(pairs, run).save(run/"pairs.jsonl")
     note_seconds(path, "pairs", time.time()-t)
     return load_pairs(path), misses

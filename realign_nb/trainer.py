@@ -33,7 +33,7 @@ def projector_name(
     "Find the projector by the names that transformers gives it; in full, since Janus has two aligners."
     return next((n for p in PROJECTORS for n,_ in model.named_modules() if n.split(".")[-1]==p), None)
 
-# %% ../nbs/35_trainer.ipynb #e9d98f93
+# %% ../nbs/35_trainer.ipynb #05621d91
 def lora_config(
     model,                   # the model to be adapted; not changed
     r:int=128,               # rank (Table 6)
@@ -43,15 +43,17 @@ def lora_config(
 )->LoraConfig: # for `RDPOTrainer(peft_config=...)`
     "LoRA on the language model only, by a pattern on module names; nothing in the vision tower."
     proj = projector_name(model)
-    if projector!="frozen" and proj is None: raise ValueError(f"{type(model).__name__} has no module named {' or '.join(PROJECTORS)}; use projector='frozen'")
+    if projector!="frozen" and proj is None:
+        raise ValueError(f"{type(model).__name__} has no module named {' or '.join(PROJECTORS)}; use projector='frozen'")
     linears = [n for n,m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     pattern = rf".*language_model.*\.({'|'.join(LINEARS[targets])})"
     if not any(re.fullmatch(pattern, n) for n in linears):
         raise ValueError(f"{type(model).__name__}: no linear matches {pattern}; see model.named_modules() and write a LoraConfig by hand")
     if projector=="lora": pattern += "|" + "|".join(re.escape(n) for n in linears if f".{proj}." in f".{n}.")
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0., target_modules=pattern, task_type="CAUSAL_LM", modules_to_save=[proj] if projector=="full" else None)
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0., target_modules=pattern, task_type="CAUSAL_LM",
+                      modules_to_save=[proj] if projector=="full" else None)
 
-# %% ../nbs/35_trainer.ipynb #d087498c
+# %% ../nbs/35_trainer.ipynb #0b049ac6
 @dataclass
 class RDPOConfig(DPOConfig):
     "Everything that a training run can be told; defaults are Table 6 of the paper."
@@ -78,23 +80,30 @@ class RDPOConfig(DPOConfig):
     report_to: str = "none"
 
     def __post_init__(self):
-        _check_config(self)
-        gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.bf16 is None: self.bf16 = gpu and not self.fp16
-        if self.gradient_checkpointing is None: self.gradient_checkpointing = gpu
-        if hasattr(self, "activation_checkpointing") and self.activation_checkpointing is None: self.activation_checkpointing = self.gradient_checkpointing
-        self.dataloader_pin_memory = self.dataloader_pin_memory and gpu
-        if self.data_seed is None: self.data_seed = self.seed          # else the order depends on torch's global state
+        _check_config(self); _fit_machine(self)
         super().__post_init__()
 
-# %% ../nbs/35_trainer.ipynb #f9670a77
+# %% ../nbs/35_trainer.ipynb #cb48edc7
 def _check_config(c):
     "Refuse a word that no registry knows, and settings that would cut rows or drop columns."
-    allowed = dict(objective=sorted(OBJECTIVES), view=sorted(VIEWS), rule=["label", "top1_nonlabel"], projector=["frozen", "lora", "full"], lora_targets=sorted(LINEARS))
+    allowed = dict(objective=sorted(OBJECTIVES), view=sorted(VIEWS), rule=["label", "top1_nonlabel"],
+                   projector=["frozen", "lora", "full"], lora_targets=sorted(LINEARS))
     for name, words in allowed.items():
         if (value := getattr(c, name)) not in words: raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(words)}")
-    if c.max_length is not None: raise ValueError(f"max_length={c.max_length}: rows are never cut; leave it None and remove long records (rows.needed_lengths names them)")
-    if c.remove_unused_columns: raise ValueError("remove_unused_columns must stay False: trl would drop the column that the collator needs")
+    if c.max_length is not None:
+        raise ValueError(f"max_length={c.max_length}: rows are never cut; leave it None; rows.needed_lengths names long records")
+    if c.remove_unused_columns:
+        raise ValueError("remove_unused_columns must stay False: trl would drop the column that the collator needs")
+
+# %% ../nbs/35_trainer.ipynb #065d773c
+def _fit_machine(c):
+    "What depends on the machine and was left open: bfloat16, checkpointing of activations, pinned memory; and the seed of the order."
+    gpu = torch.cuda.is_available() and not c.use_cpu
+    if c.bf16 is None: c.bf16 = gpu and not c.fp16
+    if c.gradient_checkpointing is None: c.gradient_checkpointing = gpu
+    if getattr(c, "activation_checkpointing", False) is None: c.activation_checkpointing = c.gradient_checkpointing # its new name
+    c.dataloader_pin_memory = c.dataloader_pin_memory and gpu
+    if c.data_seed is None: c.data_seed = c.seed          # else the order depends on torch's global state
 
 # %% ../nbs/35_trainer.ipynb #4ef3ee4f
 PROFILES = dict(
@@ -108,7 +117,7 @@ def pair_dataset(
     "What the trainer shuffles and cuts into batches."
     return Dataset.from_dict(dict(index=list(range(len(pairs))), image=[p.id for p in pairs]))
 
-# %% ../nbs/35_trainer.ipynb #a96c310c
+# %% ../nbs/35_trainer.ipynb #3a168cdf
 class PairCollator:
     "Rows of the dataset -> `flat_rows` of their pairs; the second images are chosen once, for the whole set."
     def __init__(self,
@@ -123,7 +132,8 @@ class PairCollator:
 
     def __call__(self, examples): # list of dataset rows -> dict of tensors
         index = [e["index"] for e in examples]
-        return flat_rows([self.pairs[i] for i in index], self.processor, self.view, self.streams, self.second and [self.second[i] for i in index], self.max_length)
+        second = [self.second[i] for i in index] if self.second else None
+        return flat_rows([self.pairs[i] for i in index], self.processor, self.view, self.streams, second, self.max_length)
 
 # %% ../nbs/35_trainer.ipynb #62ec9c48
 def batch_metrics(
@@ -140,7 +150,7 @@ def batch_metrics(
         if image: out |= {"rewards/image_margins": r["w"]-r[image], "rewards/image_accuracies": r["w"]>r[image]}
     return {k: v.float().mean() for k,v in out.items()}
 
-# %% ../nbs/35_trainer.ipynb #2479b5e5
+# %% ../nbs/35_trainer.ipynb #4230207f
 def parameter_groups(
     model,             # with its adapter
     config:RDPOConfig, # learning rates, projector mode, weight decay
@@ -149,28 +159,31 @@ def parameter_groups(
     "Trained parameters by name: the projector, and everything else."
     proj, out = projector_name(model), []
     trained = [(n, p) for n,p in model.named_parameters() if p.requires_grad]
-    for name, lr, wanted in (("language model", config.learning_rate, True), ("projector", config.projector_learning_rate, config.projector!="frozen")):
+    asked = {"language model": (config.learning_rate, True), "projector": (config.projector_learning_rate, config.projector!="frozen")}
+    for name, (lr, wanted) in asked.items():
         group = [(n, p) for n,p in trained if (proj is not None and f".{proj}." in f".{n}.")==(name=="projector")]
-        if wanted and not group: raise ValueError(f"the group {name!r} is to be trained but holds no trainable parameter; check peft_config against projector={config.projector!r}")
+        if wanted and not group:
+            raise ValueError(f"the group {name!r} is to be trained but is empty; check peft_config against projector={config.projector!r}")
         if group and not wanted: raise ValueError(f"the {name} is trainable although projector='frozen'; check peft_config")
         rate = {n: config.weight_decay if n in decay else 0. for n,_ in group}
         out += [dict(name=name, params=[p for n,p in group if rate[n]==d], lr=lr, weight_decay=d) for d in sorted(set(rate.values()))]
     return out
 
-# %% ../nbs/35_trainer.ipynb #be03a7fb
+# %% ../nbs/35_trainer.ipynb #fdc8c0f6
 class RDPOTrainer(DPOTrainer):
     "trl's DPOTrainer with the objectives of this library; overrides two public hooks."
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "Mean over the pairs of the micro-batch; `inputs` come from `PairCollator`"
         args, reference = self.args, {}
         if args.objective not in REFERENCE_FREE:
-            with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter(): reference = branch_logps(model, inputs, args.rule)
+            with torch.no_grad(), self.accelerator.unwrap_model(self.model).disable_adapter():
+                reference = branch_logps(model, inputs, args.rule)
         batch = LogpBatch(branch_logps(model, inputs, args.rule), reference, row_lengths(inputs))
         objective = OBJECTIVES[args.objective]
         hyper = {k: getattr(args, k) for k in ("view", "weights") if k in inspect.signature(objective).parameters}
-        metrics = batch_metrics(batch, args.beta)
+        metrics, mode = batch_metrics(batch, args.beta), "train" if self.model.training else "eval"
         values = self.accelerator.reduce(torch.stack(list(metrics.values())), "mean").tolist()
-        for name, value in zip(metrics, values): self._metrics["train" if self.model.training else "eval"][name].append(value)
+        for name, value in zip(metrics, values): self._metrics[mode][name].append(value)
         loss = objective(batch, beta=args.beta, **hyper).mean()
         return (loss, batch.policy) if return_outputs else loss
 
@@ -182,7 +195,7 @@ class RDPOTrainer(DPOTrainer):
             self.optimizer = kind(parameter_groups(model, self.args, set(self.get_decay_parameter_names(model))), **options)
         return self.optimizer
 
-# %% ../nbs/35_trainer.ipynb #a7c453cf
+# %% ../nbs/35_trainer.ipynb #86dfab29
 def make_trainer(
     model,             # image-text-to-text model without adapter; it gets one in place, so load it anew for another run
     processor,         # of the model
@@ -192,7 +205,8 @@ def make_trainer(
 )->RDPOTrainer: # ready for `.train()`
     "Adapter, dataset, collator and trainer in one call."
     if not pairs: raise ValueError("no pairs to train on; look at the misses of the pair run for the reasons")
-    if hasattr(model, "peft_config"): raise ValueError("the model carries an adapter already; merge it (merge_and_unload) or load the base model anew")
+    if hasattr(model, "peft_config"):
+        raise ValueError("the model carries an adapter already; merge it (merge_and_unload) or load the base model anew")
     limit = context_length(model)
     for name, needed in needed_lengths(pairs, processor).items(): check_length(name, needed, limit)
     adapter = lora_config(model, config.lora_r, config.lora_alpha, config.projector, config.lora_targets)
@@ -201,13 +215,13 @@ def make_trainer(
         return RDPOTrainer(model=model, args=config, train_dataset=pair_dataset(pairs), processing_class=processor,
                            data_collator=PairCollator(pairs, processor, config, limit), peft_config=adapter, **kw)
 
-# %% ../nbs/35_trainer.ipynb #6e914e9a
+# %% ../nbs/35_trainer.ipynb #c1d00def
 def group_table(
     trainer # any transformers trainer
 )->list: # of dicts: name, tensors, parameters, learning_rate, weight_decay
     "What the optimizer trains, as a table."
-    return [dict(name=g.get("name", ""), tensors=len(g["params"]), parameters=sum(p.numel() for p in g["params"]), learning_rate=g["lr"], weight_decay=g["weight_decay"])
-            for g in trainer.create_optimizer().param_groups]
+    return [dict(name=g.get("name", ""), tensors=len(g["params"]), parameters=sum(p.numel() for p in g["params"]),
+                 learning_rate=g["lr"], weight_decay=g["weight_decay"]) for g in trainer.create_optimizer().param_groups]
 
 # %% ../nbs/35_trainer.ipynb #28c7deee
 CARD = """---
@@ -233,20 +247,23 @@ vlm = load_vlm("{base}", adapter="this folder")
 {metrics}
 """
 
-# %% ../nbs/35_trainer.ipynb #3f6927a2
-CARD_SETTINGS = ("objective", "view", "rule", "weights", "beta", "learning_rate", "projector", "projector_learning_rate", "lora_r", "lora_alpha", "lora_targets", "lr_scheduler_type",
-                 "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed")
+# %% ../nbs/35_trainer.ipynb #204621cb
+CARD_SETTINGS = ("objective", "view", "rule", "weights", "beta", "learning_rate", "projector", "projector_learning_rate", "lora_r",
+                 "lora_alpha", "lora_targets", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs",
+                 "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed")
 
-# %% ../nbs/35_trainer.ipynb #6a938b71
+# %% ../nbs/35_trainer.ipynb #cf3cc973
 def model_card(
     trainer:RDPOTrainer # after training
 )->str: # Markdown
     "Settings and last metrics of a run; a local base model is named without its folder."
     base = getattr(trainer.model.config, "_name_or_path", "") or "an untrained model"
     last = next((l for l in reversed(trainer.state.log_history) if "loss" in l), {})
-    table = lambda items: "\n".join(f"| {k} | {getattr(v, 'value', v)} |" for k,v in items)
-    return CARD.format(base=Path(base).name if Path(base).exists() else base, objective=trainer.args.objective, pairs=len(trainer.train_dataset), steps=trainer.state.global_step,
-        settings=table((k, getattr(trainer.args, k)) for k in CARD_SETTINGS), metrics=table((k, f"{v:.4g}") for k,v in sorted(last.items())))
+    def table(items): return "\n".join(f"| {k} | {getattr(v, 'value', v)} |" for k,v in items)
+    return CARD.format(base=Path(base).name if Path(base).exists() else base, objective=trainer.args.objective,
+                       pairs=len(trainer.train_dataset), steps=trainer.state.global_step,
+                       settings=table((k, getattr(trainer.args, k)) for k in CARD_SETTINGS),
+                       metrics=table((k, f"{v:.4g}") for k,v in sorted(last.items())))
 
 # %% ../nbs/35_trainer.ipynb #34fdc31d
 def save_adapter(

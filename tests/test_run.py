@@ -48,7 +48,7 @@ def test_run_writes_pairs_adapter_scores_and_report(whole):
     assert len(pairs) + len(misses) == sum(map(len, samples)) == 3 * 24
     assert {s["arm"] for s in scores} == {"base", "rdpo"}
     assert (folder / "arms/rdpo-seed0/adapter/adapter_model.safetensors").exists()
-    page = (folder / "report/index.html").read_text(encoding="utf-8")
+    page = (folder / "report/report.html").read_text(encoding="utf-8")
     assert "CHAIR" in page and "http" not in page.replace("http://www.w3.org", "") and str(folder) not in page
     assert (folder / "report/report.md").exists() and "report" in out
 

@@ -1,5 +1,5 @@
 """Training against independent ways of computing the same numbers: TRL with doubled pairs, transformers' own loss, plain loops."""
-import inspect, math
+import inspect, math, subprocess, sys
 from copy import deepcopy
 from dataclasses import fields
 import numpy as np
@@ -10,9 +10,10 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from realign_nb.core import PreferencePair
 from realign_nb.models import chat_text
-from realign_nb.rows import branch_logps, flat_rows
+from realign_nb.rows import branch_logps, flat_rows, needed_lengths
 from realign_nb.tinyvlm import build
-from realign_nb.trainer import PROFILES, PairCollator, RDPOConfig, RDPOTrainer, group_table, lora_config, make_trainer, pair_dataset, save_adapter
+from realign_nb.trainer import (PROFILES, PairCollator, RDPOConfig, RDPOTrainer, group_table, lora_config, make_trainer, pair_dataset,
+                                save_adapter)
 from realign_nb.world import DESCRIBE, caption, draw, make_scenes, question
 
 pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -26,16 +27,16 @@ def make_pairs(n=16):
     "Captions and yes/no questions in turn, so that every batch is ragged"
     rng, scenes = np.random.default_rng(0), make_scenes(n, "train", seed=5)
     pictures, texts = [draw(s) for s in scenes], [caption(s, rng) for s in scenes]
-    return [PreferencePair(f"p{i:02d}", *((DESCRIBE, pictures[i], pictures[i-1], texts[i], texts[i-1]) if i%3 else
-                                          (question("teddy bear"), pictures[i], pictures[i-1], "Yes.", "No, there is not.")), "[MASK]") for i in range(n)]
+    words = [(DESCRIBE, texts[i], texts[i-1]) if i%3 else (question("teddy bear"), "Yes.", "No, there is not.") for i in range(n)]
+    return [PreferencePair(f"p{i:02d}", x, pictures[i], pictures[i-1], w, l, "[MASK]") for i, (x, w, l) in enumerate(words)]
 
 
 PAIRS = make_pairs()
 
 
 def settings(tmp_path, **kw):
-    kw = {**dict(projector="frozen", lora_r=4, lora_alpha=8, learning_rate=1e-3, projector_learning_rate=1e-3, per_device_train_batch_size=6, gradient_accumulation_steps=1,
-                 logging_steps=1, save_strategy="no", disable_tqdm=True), **kw}
+    kw = {**dict(projector="frozen", lora_r=4, lora_alpha=8, learning_rate=1e-3, projector_learning_rate=1e-3, logging_steps=1,
+                 per_device_train_batch_size=6, gradient_accumulation_steps=1, save_strategy="no", disable_tqdm=True), **kw}
     return RDPOConfig(output_dir=str(tmp_path), use_cpu=True, **kw)
 
 
@@ -74,21 +75,23 @@ def trl_doubled(pairs):
     "A collator for TRL's DPOTrainer: its vision collator twice, with v and with v_l, and the rows put together"
     collate, tok = DataCollatorForVisionPreference(PROCESSOR), PROCESSOR.tokenizer
     def rows(ps, field):
-        return collate([dict(images=[getattr(p, field)], prompt=tok.bos_token+chat_text(PROCESSOR, p.prompt), chosen=p.chosen+tok.eos_token, rejected=p.rejected+tok.eos_token) for p in ps])
+        return collate([dict(images=[getattr(p, field)], prompt=tok.bos_token+chat_text(PROCESSOR, p.prompt),
+                             chosen=p.chosen+tok.eos_token, rejected=p.rejected+tok.eos_token) for p in ps])
     def call(examples):
         ps = [pairs[e["index"]] for e in examples]
         a, b, n = rows(ps, "image"), rows(ps, "retrieved_image"), len(ps)
-        return {k: torch.cat([a[k][:n], a[k][:n], a[k][n:], b[k][:n]]) for k in ("input_ids", "attention_mask", "completion_mask", "pixel_values")}
+        return {k: torch.cat([a[k][:n], a[k][:n], a[k][n:], b[k][:n]])
+                for k in ("input_ids", "attention_mask", "completion_mask", "pixel_values")}
     return call
 
 
 def trl_trainer(tmp_path, like):
     "TRL's trainer with the weights of ours"
-    config = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, loss_weights=[2.0], remove_unused_columns=False, max_length=None,
-                       dataloader_pin_memory=False, report_to="none", disable_tqdm=True)
+    config = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, loss_weights=[2.0],
+                       remove_unused_columns=False, max_length=None, dataloader_pin_memory=False, report_to="none", disable_tqdm=True)
     base, a = deepcopy(BASE), like.args
-    t = DPOTrainer(model=base, args=config, train_dataset=pair_dataset(PAIRS), processing_class=PROCESSOR, data_collator=trl_doubled(PAIRS),
-                   peft_config=lora_config(base, a.lora_r, a.lora_alpha, a.projector, a.lora_targets))
+    t = DPOTrainer(model=base, args=config, train_dataset=pair_dataset(PAIRS), processing_class=PROCESSOR,
+                   data_collator=trl_doubled(PAIRS), peft_config=lora_config(base, a.lora_r, a.lora_alpha, a.projector, a.lora_targets))
     t.model.load_state_dict(like.model.state_dict())
     return t
 
@@ -102,7 +105,7 @@ def test_equals_trl_with_doubled_pairs(tmp_path, projector):
     a, b = loss_of(ours), theirs.compute_loss(theirs.model, batch)
     assert abs(a.item()-2*math.log(2))>.02 and a.item()==pytest.approx(b.item(), rel=2e-5)
     assert distance(gradients(ours, a), gradients(theirs, b))<1e-4
-    for name in ("rewards/chosen", "logps/chosen"):                                        # TRL pools rewards over both halves, the chosen side is the same in both
+    for name in ("rewards/chosen", "logps/chosen"):                                        # the chosen side is the same in both halves
         assert ours._metrics["train"][name][-1]==pytest.approx(theirs._metrics["train"][name][-1], rel=1e-4, abs=1e-5)
     ours.train()
     theirs.model.load_state_dict(ours.model.state_dict())
@@ -145,7 +148,8 @@ def test_fresh_adapter_starts_at_two_ln_two(tmp_path, projector):
 def test_batch_size_padding_and_order_change_nothing(tmp_path):
     t = ready(tmp_path, noise=.1, projector="full")
     whole, alone = loss_of(t), [loss_of(t, [e]) for e in INDEX]
-    assert whole.item()==pytest.approx(torch.stack(alone).mean().item(), rel=1e-5) and loss_of(t, INDEX[::-1]).item()==pytest.approx(whole.item(), rel=1e-5)
+    assert whole.item()==pytest.approx(torch.stack(alone).mean().item(), rel=1e-5)
+    assert loss_of(t, INDEX[::-1]).item()==pytest.approx(whole.item(), rel=1e-5)
     assert distance(gradients(t, whole), gradients(t, torch.stack(alone).mean()))<1e-4
 
 
@@ -163,13 +167,42 @@ def test_same_image_gives_no_visual_gradient(tmp_path):
 
 def test_accumulation_equals_one_batch(tmp_path):
     def step(batch, accumulation):
-        t = ready(tmp_path, PAIRS[:8], noise=.1, projector="full", optim="sgd", lr_scheduler_type="constant", warmup_steps=0, learning_rate=.01, projector_learning_rate=.01,
-                  per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, max_steps=1)
+        t = ready(tmp_path, PAIRS[:8], noise=.1, projector="full", optim="sgd", lr_scheduler_type="constant", warmup_steps=0,
+                  learning_rate=.01, projector_learning_rate=.01, per_device_train_batch_size=batch,
+                  gradient_accumulation_steps=accumulation, max_steps=1)
         before = adapter(t); t.train()
         return {k: v-before[k] for k, v in adapter(t).items()}, t.state.log_history[0]
     (a, log_a), (b, log_b) = step(1, 8), step(8, 1)
     assert distance(a, b)<1e-3                                                             # float32 differences of weights
     assert log_a["loss"]==pytest.approx(log_b["loss"], rel=1e-4) and log_a["grad_norm"]==pytest.approx(log_b["grad_norm"], rel=1e-4)
+
+
+def test_any_resolution_images(tmp_path):
+    "LLaVA-NeXT: the number of image tokens depends on the size of the picture, and the two images of a pair may differ"
+    from transformers import (CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration,
+                              LlavaNextImageProcessorPil, LlavaNextProcessor)
+    tok, pins = PROCESSOR.tokenizer, [[28, 56], [56, 28], [56, 56]]
+    size = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = LlavaNextConfig(vision_config=CLIPVisionConfig(**size, image_size=28, patch_size=14), image_token_index=tok.image_token_id,
+                             text_config=LlamaConfig(**size, vocab_size=len(tok), pad_token_id=0, max_position_embeddings=256),
+                             image_grid_pinpoints=pins, vision_feature_layer=-2, vision_feature_select_strategy="default")
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration(config).eval()
+    resize = LlavaNextImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, image_grid_pinpoints=pins)
+    processor = LlavaNextProcessor(resize, tok, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                                   chat_template=PROCESSOR.chat_template)
+    sizes = [(96, 96), (96, 40), (30, 96), (64, 50)]
+    pairs = [PreferencePair(p.id, p.prompt, p.image.resize(s), p.retrieved_image.resize(r), p.chosen, p.rejected, p.masked)
+             for p, s, r in zip(PAIRS, sizes, sizes[1:]+sizes[:1])]
+    rows, needed = flat_rows(pairs, processor), needed_lengths(pairs, processor)
+    assert len({(i==tok.image_token_id).sum().item() for i in rows["input_ids"]})>1
+    longest = rows["attention_mask"].sum(1).view(3, 4).max(0).values.tolist()
+    assert all(n>=l for n, l in zip(needed.values(), longest)) and max(needed.values())>=rows["input_ids"].shape[1]
+    with torch.no_grad(): whole, alone = branch_logps(model, rows), [branch_logps(model, flat_rows([p], processor)) for p in pairs]
+    for s in whole: assert whole[s].tolist()==pytest.approx([a[s].item() for a in alone], rel=1e-5)
+    t = make_trainer(model, processor, pairs, settings(tmp_path, projector="lora", max_steps=1))
+    t.remove_callback(PrinterCallback); t.train()
+    assert t.state.log_history[0]["loss"]==pytest.approx(2*math.log(2), abs=1e-5)
 
 
 # ---- what changes and what stays
@@ -183,7 +216,8 @@ def test_a_step_changes_the_adapter_and_nothing_else(tmp_path, projector):
     before, ref = {k: v.clone() for k, v in t.model.state_dict().items()}, reference()
     t.train()
     changed = {k for k, v in t.model.state_dict().items() if not torch.equal(v, before[k])}
-    assert all("lora_" in k or (projector=="full" and "modules_to_save" in k) for k in changed) and not any("vision_tower" in k for k in changed)
+    assert all("lora_" in k or (projector=="full" and "modules_to_save" in k) for k in changed)
+    assert not any("vision_tower" in k for k in changed)
     assert {k for k in before if "language_model" in k and "lora_B" in k}<=changed
     assert bool([k for k in changed if "multi_modal_projector" in k])==(projector!="frozen")
     after = reference()
@@ -197,7 +231,8 @@ def test_groups_have_their_own_learning_rate(tmp_path):
     seen = []
     t.optimizer.register_step_pre_hook(lambda o, *a: seen.append([g["lr"] for g in o.param_groups]))
     t.train()
-    assert seen[0]==pytest.approx([1e-4, 3e-4]) and seen[3][0]<.3*seen[0][0] and all(b==pytest.approx(3*a) for a, b in seen)   # the cosine scales both
+    assert seen[0]==pytest.approx([1e-4, 3e-4]) and seen[3][0]<.3*seen[0][0]
+    assert all(b==pytest.approx(3*a) for a, b in seen)                                     # the cosine scales both
     assert {id(p) for g in t.optimizer.param_groups for p in g["params"]}=={id(p) for p in t.model.parameters() if p.requires_grad}
 
 
@@ -217,7 +252,8 @@ def test_resume_gives_the_same_adapter(tmp_path):
     kw = dict(num_train_epochs=2, save_strategy="steps", save_steps=3, projector="full")
     whole = watched(tmp_path/"a", **kw); whole.train()
     rest = watched(tmp_path/"b", **kw); rest.train(resume_from_checkpoint=str(tmp_path/"a"/"checkpoint-3"))
-    assert rest.state.global_step==whole.state.global_step==8 and [l["step"] for l in rest.state.log_history]==[l["step"] for l in whole.state.log_history]
+    assert rest.state.global_step==whole.state.global_step==8
+    assert [l["step"] for l in rest.state.log_history]==[l["step"] for l in whole.state.log_history]
     assert rest.data_collator.seen[-5:]==whole.data_collator.seen[-5:]
     a, b = adapter(whole), adapter(rest)
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -236,16 +272,19 @@ def test_seed_fixes_the_order_and_the_result(tmp_path):
 def test_released_profile_differs_from_paper(tmp_path):
     common = dict(lora_r=4, lora_alpha=8)
     paper, released = (ready(tmp_path, noise=.1, **{**common, **PROFILES[p]}) for p in ("paper", "released"))
-    assert [r["name"] for r in group_table(paper)]==["language model", "projector"] and [(r["name"], r["tensors"], r["learning_rate"]) for r in group_table(released)]==[("language model", 24, 1e-6)]
+    assert [r["name"] for r in group_table(paper)]==["language model", "projector"]
+    assert [(r["name"], r["tensors"], r["learning_rate"]) for r in group_table(released)]==[("language model", 24, 1e-6)]
     relabelled = ready(tmp_path, noise=.1, **{**common, **PROFILES["released"], "rule": "label"})
     assert abs(loss_of(released).item()-loss_of(relabelled).item())>.01
-    def top1(p, y, image, own):                                                            # full logits, one conversation, a loop over tokens
+    def logp(p, y, image, own):                                    # full logits, one conversation, a loop over tokens
         x = PROCESSOR(text=chat_text(PROCESSOR, p.prompt, y), images=image, return_tensors="pt")
         start = len(PROCESSOR(text=chat_text(PROCESSOR, p.prompt), images=image, return_tensors="pt")["input_ids"][0])
         lp, ids = released.model(**x).logits[0].log_softmax(-1), x["input_ids"][0]
         pick = lambda t: ids[t] if not own else next(k for k in lp[t-1].argsort(descending=True) if k!=ids[t])
         return sum(lp[t-1, pick(t)].item() for t in range(start, len(ids)))
-    def three(p): return np.array([top1(p, p.chosen, p.image, False), top1(p, p.rejected, p.image, True), top1(p, p.chosen, p.retrieved_image, True)])
+    def three(p):
+        rows = (p.chosen, p.image, False), (p.rejected, p.image, True), (p.chosen, p.retrieved_image, True)
+        return np.array([logp(p, *r) for r in rows])
     with torch.no_grad():
         for p in PAIRS[:2]:
             policy = three(p)
@@ -289,7 +328,8 @@ def test_saved_adapter_reloads(tmp_path):
         with model.disable_adapter(): off = branch_logps(model, again)
     assert all(torch.equal(on[s], trained[s]) and torch.equal(off[s], base[s]) and not torch.equal(on[s], off[s]) for s in on)
     card = (folder/"README.md").read_text()
-    assert "| objective | rdpo |" in card and "| learning_rate | 0.001 |" in card and "| rewards/image_margins |" in card and str(tmp_path) not in card
+    assert all(t in card for t in ("| objective | rdpo |", "| learning_rate | 0.001 |", "| rewards/image_margins |"))
+    assert str(tmp_path) not in card
 
 
 def test_names_of_trl_that_are_used():
@@ -297,11 +337,22 @@ def test_names_of_trl_that_are_used():
     assert list(inspect.signature(DPOTrainer.compute_loss).parameters)==["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
     assert list(inspect.signature(DPOTrainer.create_optimizer).parameters)==["self", "model"]
     assert {n for n in vars(RDPOTrainer) if not n.startswith("__")}=={"compute_loss", "create_optimizer"}
-    assert {"model", "args", "train_dataset", "processing_class", "data_collator", "peft_config", "callbacks"}<=inspect.signature(DPOTrainer.__init__).parameters.keys()
-    ours = {f.name for f in fields(RDPOConfig)}-{f.name for f in fields(DPOConfig)}
-    assert ours=={"objective", "view", "rule", "weights", "projector", "projector_learning_rate", "lora_r", "lora_alpha", "lora_targets"}
-    assert {"beta", "max_length", "loss_weights", "loss_type", "gradient_checkpointing", "remove_unused_columns", "bf16", "use_cpu", "seed", "data_seed"}<={f.name for f in fields(DPOConfig)}
+    used = {"model", "args", "train_dataset", "processing_class", "data_collator", "peft_config", "callbacks"}
+    assert used<=inspect.signature(DPOTrainer.__init__).parameters.keys()
+    theirs, ours = ({f.name for f in fields(c)} for c in (DPOConfig, RDPOConfig))
+    assert ours-theirs=={"objective", "view", "rule", "weights", "projector", "projector_learning_rate",
+                         "lora_r", "lora_alpha", "lora_targets"}
+    assert {"beta", "max_length", "loss_weights", "gradient_checkpointing", "remove_unused_columns", "bf16", "use_cpu", "seed",
+            "data_seed", "dataloader_pin_memory"}<=theirs
     assert {"get_optimizer_cls_and_kwargs", "get_decay_parameter_names"}<=set(dir(DPOTrainer))
+
+
+def test_objectives_resolve_lazily():
+    "Importing dpo alone is enough, and does not load transformers or trl"
+    code = ("import sys; from realign_nb.dpo import OBJECTIVES, streams; assert 'realign_nb.rdpo' not in sys.modules; "
+            "f = OBJECTIVES['rdpo']; print(f.__name__, streams('vdpo'), [m for m in ('transformers', 'trl', 'peft') if m in sys.modules])")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip()=="rdpo ('w', 'w@retrieved') []"
 
 
 def test_metrics_store_of_trl(tmp_path):
