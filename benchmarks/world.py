@@ -3,9 +3,9 @@
     python benchmarks/world.py FOLDER [--workers 2]
 
 The settings are the library's defaults, chosen by tune_world.py. Run once; a second call continues. Writes benchmarks/results/world.json
-(scores with intervals, paired comparisons, findings in words, wall times) and leaves the full report in FOLDER/report.
+(scores with intervals, paired comparisons, findings in words, wall time of each arm) and leaves the full report in FOLDER/report.
 """
-import argparse, json, time
+import argparse, json
 from pathlib import Path
 
 from realign_nb.arms import ARMS, TrainSettings
@@ -19,7 +19,7 @@ from realign_nb.stages import PairsSettings, make_pairs
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path); p.add_argument("--workers", type=int, default=2)
-    a, seeds, on, start = p.parse_args(), [0, 1, 2], EvalSettings(), time.time()
+    a, seeds, on = p.parse_args(), [0, 1, 2], EvalSettings()
     pairs, misses = make_pairs(a.folder, PairsSettings())
     do_arms(str(a.folder), list(ARMS), seeds, a.workers, TrainSettings(), on)
     data = report_data(a.folder, on)
@@ -28,7 +28,7 @@ def main():
     scores = {arm: {b: {k: s[k] for k in keep if k in s} for b, s in runs["all"].items()} for arm, runs in data["scores"].items()}
     out = Path(__file__).parent / "results" / "world.json"
     out.write_text(json.dumps(dict(pairs=len(pairs), misses=len(misses), seeds=seeds, scenes=on.n_scenes, findings=summary(data), scores=scores,
-                                   comparisons=data["comparisons"], seconds=data["seconds"], wall_seconds=round(time.time() - start), versions=versions()), indent=1) + "\n")
+                                   comparisons=data["comparisons"], seconds=data["seconds"], versions=versions()), indent=1) + "\n")
     print(*summary(data), sep="\n\n")
 
 

@@ -106,12 +106,13 @@ def price(
         out.append(f"The yes ratio moves from {amount(y['b'], 'yes')} to {amount(y['a'], 'yes')}; half of POPE's questions have the answer yes, so this is {'towards' if abs(y['a']-.5)<abs(y['b']-.5) else 'away from'} the truth.")
     return " ".join(out)
 
-# %% ../nbs/43_findings.ipynb #22950ec2
+# %% ../nbs/43_findings.ipynb #852de7d7
 CLAIMS = { # arm -> what a difference between the arm in focus and this arm would support
     "sft": "the rejected answers and images add something to training on the chosen answers alone", "random": "a retrieved image serves better than a random one",
+    "random-tuned": "a retrieved image serves better than a random one with a learning rate of its own",
     "dpo": "the image term adds something to plain DPO", "captions": "yes/no pairs add something to pairs of descriptions"}
 
-# %% ../nbs/43_findings.ipynb #316a8302
+# %% ../nbs/43_findings.ipynb #71f378ce
 def against(
     comparison:dict # {a: the arm in focus, b: another trained arm, benchmark: ...}
 )->str: # sentences
@@ -127,6 +128,7 @@ def against(
            f"{b} is better on {worse}: there the data speak against the claim that {claim}" if worse else
            f"No difference in hallucination is shown, so the data do not show that {claim}")
     if comparison["b"]=="dpo" and better: end += ". The image term also doubles the weight of the chosen answer; this run does not separate the two"
+    if better and found.get(("chair", "recall"), {}).get("side")=="worse": end += f". {a} also names fewer of the objects that are there, so part of this may come from saying less"
     return f"**{a} against {b}.** {numbers}. {end}."
 
 # %% ../nbs/43_findings.ipynb #3ffd155e

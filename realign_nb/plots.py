@@ -13,10 +13,10 @@ from .core import open_image, word_diff
 # %% ../nbs/10_intro.ipynb #aa7ddbd9
 COLORS = dict(chosen="#0072b2", rejected="#d55e00", reference="#7f7f7f", third="#009e73", fourth="#cc79a7", fifth="#56b4e9", sixth="#b8860b")
 
-# %% ../nbs/10_intro.ipynb #d2ec7307
+# %% ../nbs/10_intro.ipynb #64e2184a
 ARMS = { # arm of a run -> (name in figures and tables, colour)
     "base": ("base model", COLORS["reference"]), "rdpo": ("rDPO", COLORS["chosen"]), "dpo": ("DPO", COLORS["rejected"]),
-    "sft": ("SFT control", COLORS["third"]), "random": ("rDPO, random image", COLORS["fourth"]), "captions": ("rDPO, no yes/no pairs", COLORS["fifth"])}
+    "sft": ("SFT control", COLORS["third"]), "random": ("rDPO, random image", COLORS["fourth"]), "random-tuned": ("rDPO, random image, own learning rate", COLORS["sixth"]), "captions": ("rDPO, no yes/no pairs", COLORS["fifth"])}
 
 # %% ../nbs/10_intro.ipynb #44595c7a
 def arm_name(
