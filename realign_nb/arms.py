@@ -12,11 +12,11 @@ from pathlib import Path
 from .core import Records, Run, write_json
 from .stages import load_pairs, open_run, opt
 
-# %% ../nbs/46_arms.ipynb #c1107d59
+# %% ../nbs/46_arms.ipynb #7143361e
 @dataclass
 class TrainSettings:
-    "What decides one trained adapter, beside the pairs; the defaults suit the tiny model, `--profile paper` sets Table 6."
-    profile: str = opt("world", "named set of training settings", choices=("world", "paper", "released"))
+    "What decides one trained adapter, beside the pairs."
+    profile: str = opt("auto", "named set of training settings; auto = world for the tiny model, paper (Table 6) for others", choices=("auto", "world", "paper", "released"))
     lr: float = opt(None, "learning rate, the projector's is twice that; default from profile and arm")
     epochs: float = opt(None, "passes over the pairs; default from the profile")
     beta: float = opt(.1, "temperature of the DPO losses (Table 6)")
@@ -81,7 +81,7 @@ def last_checkpoint(
         except (OSError, ValueError): return -1
     return str(best) if (best := max(Path(folder).glob("checkpoint-*"), key=steps, default=None)) and steps(best)>0 else None
 
-# %% ../nbs/46_arms.ipynb #71348cbe
+# %% ../nbs/46_arms.ipynb #361a6768
 def train_arm(
     path, # a run folder with pairs
     arm:str, # key of `ARMS`
@@ -95,6 +95,7 @@ def train_arm(
     from realign_nb.trainer import make_trainer, save_adapter
     pairs, model = load_pairs(path), open_run(path).settings["model"]
     if arm=="captions": pairs = Records(p for p in pairs if p.chosen not in ("Yes.", "No."))
+    if s.profile=="auto": s = replace(s, profile="world" if model=="tiny" else "paper")
     run = Run(arm_folder(path, "arms", arm, seed), asdict(s) | dict(arm=arm, seed=seed))
     if (run/"done.json").exists(): return
     t, vlm = time.time(), load_vlm(model)

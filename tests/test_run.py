@@ -124,8 +124,9 @@ def test_model_is_any_local_llava(tmp_path):
     from realign_nb.tinyvlm import build
     model, processor = build(seed=7)
     model.save_pretrained(tmp_path / "model"); processor.save_pretrained(tmp_path / "model")
-    run("pairs", tmp_path / "run", "--model", tmp_path / "model", "--n-images", 6, "--text-encoder", "minilm")
-    assert lines(tmp_path / "run/pairs.jsonl")[0]["provenance"]["models"]
+    run("run", tmp_path / "run", "--model", tmp_path / "model", "--n-images", 6, "--n-scenes", 4, "--text-encoder", "minilm", "--arms", "rdpo", "--epochs", 1)
+    assert json.loads((tmp_path / "run/arms/rdpo-seed0/manifest.json").read_text())["settings"]["profile"] == "paper"
+    assert lines(tmp_path / "run/arms/rdpo-seed0/log.jsonl") and {s["arm"] for s in lines(tmp_path / "run/scores.jsonl")} == {"base", "rdpo"}
 
 
 def test_no_pairs_is_a_failure_with_the_yield_table(tmp_path):
