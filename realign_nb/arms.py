@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['ARMS', 'WORLD', 'WORLD_LR', 'TrainSettings', 'arm_folder', 'finished', 'train_config', 'last_checkpoint', 'train_arm']
 
-# %% ../nbs/46_arms.ipynb #db8b5c38
+# %% ../nbs/46_arms.ipynb #7175a6ff
 import json, shutil, time, warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from .core import Records, Run, write_json
-from .stages import load_pairs, open_run, opt
+from .core import Records, Run, opt, write_json
+from .stages import load_pairs, open_run
 
 # %% ../nbs/46_arms.ipynb #7143361e
 @dataclass

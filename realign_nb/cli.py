@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['add_settings', 'read_settings', 'quiet', 'one_thread', 'progress_bar', 'do_arm', 'do_arms', 'command', 'guarded',
            'do_pairs', 'do_report', 'run_train', 'run_eval', 'run_all', 'main_pairs', 'main_train', 'main_eval',
-           'main_run']
+           'do_convert', 'main_convert', 'main_run']
 
-# %% ../nbs/90_cli.ipynb #841cf4eb
+# %% ../nbs/90_cli.ipynb #74b59b06
 import argparse, json, os, sys
 from dataclasses import fields
 from pathlib import Path
 from .arms import ARMS, TrainSettings, arm_folder, finished, train_arm
 from .core import read_jsonl
 from .results import EvalSettings, evaluate_arm, report_data
-from .stages import PairsSettings, make_pairs, open_run
+from .stages import CallSettings, PairsSettings, image_root, keep_pairs, load_pairs, make_pairs, open_run, reopen
 
 # %% ../nbs/90_cli.ipynb #7f5c1829
 def add_settings(
@@ -131,17 +131,23 @@ def guarded(
     except ValueError as e: print(f"error: {e}", file=sys.stderr); return 2
     except KeyboardInterrupt: print("\nstopped; the same command continues", file=sys.stderr); return 130
 
-# %% ../nbs/90_cli.ipynb #5281d3f4
+# %% ../nbs/90_cli.ipynb #17679256
 def do_pairs(
-    args # parsed arguments with the fields of `PairsSettings`
+    args # parsed arguments with the fields of `PairsSettings` and `CallSettings`
 )->int: # exit status: 1 without a single pair
-    "Make pairs, show what became of the samples."
+    "Make pairs, show what became of the samples and what was asked."
+    from realign_nb.cost import forecast, known_prices
     from realign_nb.generate import yield_table
-    pairs, misses = make_pairs(args.run, read_settings(args, PairsSettings), progress_bar)
-    skipped = read_jsonl(Path(args.run)/"skipped.jsonl")
+    s = read_settings(args, PairsSettings)
+    how = known_prices(read_settings(args, CallSettings), s)
+    if getattr(args, "dry_run", False): print(forecast(args.run, s, how, args.probe, progress_bar)); return 0
+    if getattr(args, "retry_failed", False): reopen(args.run)
+    pairs, misses = make_pairs(args.run, s, progress_bar, how)
+    skipped, failed = read_jsonl(Path(args.run)/"skipped.jsonl"), sum(m.reason.startswith("failed") for m in misses)
     print(yield_table(pairs, misses).to_string(index=False))
-    for s in skipped[:20]: print(f"skipped {s['reason']}")
-    print(f"{len(pairs)} pairs, {len(misses)} samples without a pair, {len(skipped)} images skipped: {args.run}/pairs.jsonl, misses.jsonl, skipped.jsonl")
+    for x in skipped[:20]: print(f"skipped {x['reason']}")
+    print(f"{len(pairs)} pairs, {len(misses)-failed} samples without a pair, {failed} failed, {len(skipped)} images skipped: {args.run}/pairs.jsonl, misses.jsonl, skipped.jsonl")
+    if failed: print("a service failed: the same command with --retry-failed asks again for those, and for nothing else")
     if not pairs: print("no pairs: nothing to train on; the table and misses.jsonl say why", file=sys.stderr)
     return 0 if pairs else 1
 
@@ -185,12 +191,16 @@ def run_all(
     do_arms(args.run, args.arms, args.seeds, args.workers, read_settings(args, TrainSettings), read_settings(args, EvalSettings))
     return do_report(args)
 
-# %% ../nbs/90_cli.ipynb #36f1a380
+# %% ../nbs/90_cli.ipynb #bd204e44
 def main_pairs(
     argv=None # words after the program's name; None takes those of the shell
 )->int: # exit status
     "realign-pairs"
-    return guarded(do_pairs, command("realign-pairs", "Algorithm 1: preference pairs from images.", PairsSettings).parse_args(argv))
+    p = command("realign-pairs", "Algorithm 1: preference pairs from images.", PairsSettings, CallSettings)
+    p.add_argument("--dry-run", action="store_true", help="say what would be asked and what it would cost, and ask nothing")
+    p.add_argument("--probe", type=int, default=0, metavar="N", help="with --dry-run: really ask about N images, to know lengths and prices; the answers are kept")
+    p.add_argument("--retry-failed", action="store_true", help="reopen a finished run and ask again where a service had failed")
+    return guarded(do_pairs, p.parse_args(argv))
 
 # %% ../nbs/90_cli.ipynb #77370deb
 def main_train(
@@ -206,10 +216,39 @@ def main_eval(
     "realign-eval"
     return guarded(run_eval, command("realign-eval", "Evaluate the arms of a run and write its report.", EvalSettings).parse_args(argv))
 
-# %% ../nbs/90_cli.ipynb #d1868797
+# %% ../nbs/90_cli.ipynb #51114d80
+def do_convert(
+    args # parsed arguments: source, target, to, from_, images
+)->int: # exit status 0
+    "Pairs from one form into another; a folder is a run."
+    from realign_nb.formats import export_pairs, import_pairs
+    source, target = Path(args.source), Path(args.target)
+    if source.is_dir() and (source/"manifest.json").exists(): pairs, root = load_pairs(source), image_root(open_run(source))
+    else: pairs, root = import_pairs(source, args.from_, args.images), args.images
+    if args.to=="run": keep_pairs(target, pairs, root, args.model, f"{args.from_} file {source.name}")
+    else: export_pairs(pairs, target, args.to, args.images or root)
+    print(f"{len(pairs)} pairs: {target}")
+    return 0
+
+# %% ../nbs/90_cli.ipynb #5aa1c1f4
+def main_convert(
+    argv=None # words after the program's name; None takes those of the shell
+)->int: # exit status
+    "realign-convert"
+    from realign_nb.formats import FORMATS
+    p = argparse.ArgumentParser(prog="realign-convert", description="Preference pairs from one form into another.")
+    p.add_argument("source", help="a run folder, or a file in the form of --from")
+    p.add_argument("target", help="the file to write; with --to run, a new run folder that realign-train takes")
+    p.add_argument("--from", dest="from_", choices=list(FORMATS), help="form of the source file")
+    p.add_argument("--to", required=True, choices=["run", *FORMATS], help="form of the target")
+    p.add_argument("--images", help="folder that image paths start from; pictures inside a file are written to it")
+    p.add_argument("--model", default="tiny", help="with --to run: the VLM to align (default: tiny)")
+    return guarded(do_convert, p.parse_args(argv))
+
+# %% ../nbs/90_cli.ipynb #67e70699
 def main_run(
     argv=None # words after the program's name; None takes those of the shell
 )->int: # exit status
     "realign-run"
     about = "Re-Align end to end: pairs, training with controls, evaluation, report."
-    return guarded(run_all, command("realign-run", about, PairsSettings, TrainSettings, EvalSettings, arms=True).parse_args(argv))
+    return guarded(run_all, command("realign-run", about, PairsSettings, CallSettings, TrainSettings, EvalSettings, arms=True).parse_args(argv))

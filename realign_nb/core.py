@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'ImageError', 'open_image', 'image_hash', 'thumbnail_html', 'word_diff', 'diff_html', 'Sample',
-           'PreferencePair', 'Miss', 'append_jsonl', 'read_jsonl', 'Records', 'write_json', 'batch_plan', 'RunMismatch',
-           'Run']
+           'PreferencePair', 'Miss', 'append_jsonl', 'read_jsonl', 'Records', 'write_json', 'batch_plan', 'opt',
+           'RunMismatch', 'Run']
 
 # %% ../nbs/00_core.ipynb #7ec12d9a
 import base64, difflib, hashlib, html, io, json, os, warnings
@@ -191,6 +191,15 @@ def batch_plan(
     "Cut ids into batches of similar size; depends on nothing but the arguments."
     ids = sorted(sizes, key=lambda i: (sizes[i], i))
     return [ids[i:i+batch_size] for i in range(0, len(ids), batch_size)]
+
+# %% ../nbs/00_core.ipynb #15ef1264
+def opt(
+    default,  # value of the setting
+    help:str, # shown by --help
+    **kw      # for argparse, e.g. choices
+): # a dataclass field
+    "A setting with its help text; commands are made from dataclasses of these ([90_cli](90_cli.ipynb))."
+    return field(default=default, metadata=dict(help=help, **kw))
 
 # %% ../nbs/00_core.ipynb #5f7a01a2
 class RunMismatch(ValueError):

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['NO_SCORES', 'pooled', 'score_rows', 'difference_rows', 'faults', 'mark_made_up', 'example_answers', 'show_examples',
-           'score_figure', 'curve_figures', 'duration', 'show_scores', 'show_pairs', 'show_curves', 'show_settings',
-           'report']
+           'score_figure', 'curve_figures', 'duration', 'show_scores', 'yield_figure', 'show_pairs', 'show_curves',
+           'show_settings', 'report']
 
-# %% ../nbs/44_report.ipynb #62b66c20
+# %% ../nbs/44_report.ipynb #80058503
 import html
 from .answers import mentions
-from .core import diff_html, thumbnail_html
+from .core import Miss, diff_html, thumbnail_html
 from .findings import METRICS, amount, judge, p_text, span, summary
 from .page import Cell, Page, plain
-from .plots import arm_name, figure_html, forest, gallery, loss_curves, new_axes, reward_curves
+from .plots import COLORS, arm_name, figure_html, forest, gallery, loss_curves, new_axes, reward_curves, similarity_histogram
 
 # %% ../nbs/44_report.ipynb #3c813fcc
 def pooled(
@@ -163,7 +163,26 @@ def show_scores(
         page.text(f"First arm minus second arm on the same images, in points (length in words); 95 % interval by paired bootstrap over images; p: {test}, corrected by Holm within a row. "
                   "Blue or orange: a difference is shown, for better or for worse. Grey: none is shown.", kind="cap")
 
-# %% ../nbs/44_report.ipynb #89acb874
+# %% ../nbs/44_report.ipynb #73867746
+def yield_figure(
+    pairs, # `PreferencePair`s with provenance
+    misses # `Miss`es
+)->list: # of `Axes`
+    "How far Algorithm 1 had to go: ranks, text similarities of all candidates, image similarities of the pairs."
+    axes = new_axes(3, width=9.4, height=3.)
+    ranks = [p.provenance["rank"] for p in pairs]; ks = range(1, max(ranks, default=1)+1)
+    axes[0].bar(ks, [ranks.count(t) for t in ks], color=COLORS["chosen"], label=f"pairs: {len(pairs)}")
+    axes[0].bar([ks[-1]+1], [len(misses)], color=COLORS["reference"], label=f"no pair: {len(misses)}")
+    axes[0].set(xlabel="rank of the accepted image", ylabel="samples", xticks=[*ks, ks[-1]+1], xticklabels=[*ks, "none"])
+    tried = [c for r in (*pairs, *misses) for c in (r.tried if isinstance(r, Miss) else r.provenance["tried"]) if "reason" not in c]
+    tau = pairs[0].provenance["tau"] if pairs else .95
+    similarity_histogram([c["similarity"] for c in tried], tau, axes[1])
+    axes[2].hist([p.provenance["image_similarity"] for p in pairs], 20, color=COLORS["third"])
+    axes[2].set(xlabel="similarity of v and v_l", ylabel="pairs")
+    for ax in axes[:1]: ax.legend(frameon=False, fontsize=8)
+    return axes
+
+# %% ../nbs/44_report.ipynb #ff9767da
 def show_pairs(
     page,     # `Page` to add to
     data:dict # as for `report`
@@ -171,6 +190,9 @@ def show_pairs(
     "Yield table and gallery."
     if data.get("yield_table") is not None: page.heading("What became of the samples", 3).table(data["yield_table"])
     pairs = data.get("pairs") or []
+    if pairs and data.get("misses") is not None:
+        page.add(figure_html(yield_figure(pairs, data["misses"])[-1], "Ranks of the accepted images, similarities of all candidates, similarities of the image pairs"), "(The distributions are in the HTML page.)")
+        page.text("Left: at which rank a candidate was accepted. Middle: similarity of every candidate that was tried to its chosen answer. Right: similarity of the two images of a pair.", kind="cap")
     shown = pairs[:data.get("n_pairs", 8)]
     if shown:
         page.heading(f"{len(shown)} of {len(pairs)} pairs", 3)
@@ -201,13 +223,13 @@ def show_settings(
     if flat: page.heading("Settings").table([dict(of=k, setting=n, value=str(v)) for k,n,v in flat])
     if data.get("versions"): page.heading("Versions and machine").table([dict(name=k, value=str(v)) for k,v in data["versions"].items()])
 
-# %% ../nbs/44_report.ipynb #259499c6
+# %% ../nbs/44_report.ipynb #0630794a
 def report(
     data:dict, # see the table at the top; every part may be missing
     folder     # where report.html and report.md go; made if missing
 )->tuple: # paths of the two files
     "Write the page of a run and its Markdown twin."
-    unknown = set(data) - {"title", "subtitle", "notes", "scores", "comparisons", "pairs", "n_pairs", "yield_table", "logs", "examples", "config", "versions", "seconds", "focus", "base"}
+    unknown = set(data) - {"title", "subtitle", "notes", "scores", "comparisons", "pairs", "n_pairs", "misses", "yield_table", "logs", "examples", "config", "versions", "seconds", "focus", "base"}
     if unknown: raise ValueError(f"report does not know {', '.join(sorted(unknown))}; see the table of keys in the notebook 44_report")
     page = Page(data.get("title", "Report of a run"), data.get("subtitle", ""))
     show_scores(page, data)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['EvalSettings', 'world_items', 'predict', 'evaluate_arm', 'answers_of', 'score_run', 'versions', 'report_data']
 
-# %% ../nbs/47_results.ipynb #7ebf66d4
+# %% ../nbs/47_results.ipynb #92109132
 import json, os, platform, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from .core import Miss, Records, Run, read_jsonl, write_json
+from .core import Miss, Records, Run, opt, read_jsonl, write_json
 from .arms import ARMS, arm_folder, finished
-from .stages import load_pairs, open_run, opt
+from .stages import load_pairs, open_run
 from .world import DESCRIBE, KINDS, draw, make_scenes
 
 # %% ../nbs/47_results.ipynb #5e1e18a7
@@ -103,7 +103,7 @@ def versions()->dict: # names -> text
     names = "realign_nb torch transformers trl peft sentence-transformers numpy".split()
     return {n: version(n) for n in names} | dict(python=platform.python_version(), machine=f"{platform.machine()}, {os.cpu_count()} cores")
 
-# %% ../nbs/47_results.ipynb #22d2da93
+# %% ../nbs/47_results.ipynb #56629bd6
 def report_data(
     path, # a run folder
     s     # `EvalSettings` of its predictions
@@ -125,6 +125,6 @@ def report_data(
                       for i,x in list(world_items(s)[2].items())[:8]]
     seconds = json.loads((run/"seconds.json").read_text()) if (run/"seconds.json").exists() else {}
     seconds |= {f"{kind} {f.name}": json.loads((f/"done.json").read_text())["seconds"] for kind in ("arms", "eval") for f in finished(path, kind)}
-    return dict(title="Re-Align on " + ("your images" if own else "the embedded world"), scores=scores, comparisons=comparisons, pairs=pairs, yield_table=yield_table(pairs, misses),
+    return dict(title="Re-Align on " + ("your images" if own else "the embedded world"), scores=scores, comparisons=comparisons, pairs=pairs, misses=misses, yield_table=yield_table(pairs, misses),
                 logs=logs, examples=examples, config=dict(pairs=run.settings, **{f"arm {a}": v for a,v in settings.items()}, evaluation=asdict(s)),
                 versions=versions(), seconds=seconds)

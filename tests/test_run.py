@@ -44,8 +44,8 @@ def whole(tmp_path_factory):
 def test_run_writes_pairs_adapter_scores_and_report(whole):
     folder, out = whole
     pairs, misses, scores = results(folder)
-    samples = lines(folder / "calls-answer.jsonl")[0]["batches"]
-    assert len(pairs) + len(misses) == sum(map(len, samples)) == 3 * 24
+    answers = [r for line in lines(folder / "calls.jsonl") if line["stage"] == "answer" for r in line["replies"]]
+    assert len(pairs) + len(misses) == len(answers) == 3 * 24
     assert {s["arm"] for s in scores} == {"base", "rdpo"}
     assert (folder / "arms/rdpo-seed0/adapter/adapter_model.safetensors").exists()
     page = (folder / "report/report.html").read_text(encoding="utf-8")
@@ -61,8 +61,8 @@ def test_same_command_again_changes_nothing_and_calls_nobody(whole):
 
 
 MOMENTS = [  # conditions on the run folder at which the process is killed
-    lambda d: (d / "calls-answer.jsonl").exists(),
-    lambda d: len(lines_or_torn(d / "calls-complete-1.jsonl")) > 1,
+    lambda d: (d / "calls.jsonl").exists(),
+    lambda d: sum("complete/1" in line for line in lines_or_torn(d / "calls.jsonl")) > 0,
     lambda d: (d / "pairs.jsonl").exists(),
     lambda d: (d / "arms/rdpo-seed0/manifest.json").exists(),
     lambda d: (d / "eval/rdpo-seed0/calls-pope.jsonl").exists(),
@@ -81,7 +81,7 @@ def test_killed_at_five_moments_ends_as_an_unbroken_run(whole, tmp_path):
         while not moment(folder) and p.poll() is None and time.time() < deadline: time.sleep(.02)
         assert p.poll() is None, "the run ended before the moment came:\n" + p.communicate()[0][-2000:]
         p.send_signal(signal.SIGKILL); p.communicate()
-    with open(folder / "calls-complete-1.jsonl", "a") as f: f.write('{"batch": 9, "ou')   # and a torn line on top
+    with open(folder / "calls.jsonl", "a") as f: f.write('{"stage": "complete/1", "mo')   # and a torn line on top
     run("run", folder, *SMALL)
     assert results(folder) == results(whole[0])
 
