@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['add_settings', 'read_settings', 'quiet', 'one_thread', 'progress_bar', 'do_arm', 'do_arms', 'command', 'guarded',
-           'do_pairs', 'do_report', 'run_train', 'run_eval', 'run_all', 'main_pairs', 'main_train', 'main_eval',
-           'do_convert', 'main_convert', 'main_run']
+           'do_pairs', 'do_report', 'run_train', 'run_eval', 'run_all', 'main_pairs', 'do_convert', 'main_convert',
+           'main_train', 'main_eval', 'main_run']
 
 # %% ../nbs/90_cli.ipynb #74b59b06
 import argparse, json, os, sys
@@ -202,20 +202,6 @@ def main_pairs(
     p.add_argument("--retry-failed", action="store_true", help="reopen a finished run and ask again where a service had failed")
     return guarded(do_pairs, p.parse_args(argv))
 
-# %% ../nbs/90_cli.ipynb #77370deb
-def main_train(
-    argv=None # words after the program's name; None takes those of the shell
-)->int: # exit status
-    "realign-train"
-    return guarded(run_train, command("realign-train", "Train adapters on the pairs of a run.", TrainSettings, arms=True).parse_args(argv))
-
-# %% ../nbs/90_cli.ipynb #c5e14544
-def main_eval(
-    argv=None # words after the program's name; None takes those of the shell
-)->int: # exit status
-    "realign-eval"
-    return guarded(run_eval, command("realign-eval", "Evaluate the arms of a run and write its report.", EvalSettings).parse_args(argv))
-
 # %% ../nbs/90_cli.ipynb #51114d80
 def do_convert(
     args # parsed arguments: source, target, to, from_, images
@@ -244,6 +230,20 @@ def main_convert(
     p.add_argument("--images", help="folder that image paths start from; pictures inside a file are written to it")
     p.add_argument("--model", default="tiny", help="with --to run: the VLM to align (default: tiny)")
     return guarded(do_convert, p.parse_args(argv))
+
+# %% ../nbs/90_cli.ipynb #77370deb
+def main_train(
+    argv=None # words after the program's name; None takes those of the shell
+)->int: # exit status
+    "realign-train"
+    return guarded(run_train, command("realign-train", "Train adapters on the pairs of a run.", TrainSettings, arms=True).parse_args(argv))
+
+# %% ../nbs/90_cli.ipynb #c5e14544
+def main_eval(
+    argv=None # words after the program's name; None takes those of the shell
+)->int: # exit status
+    "realign-eval"
+    return guarded(run_eval, command("realign-eval", "Evaluate the arms of a run and write its report.", EvalSettings).parse_args(argv))
 
 # %% ../nbs/90_cli.ipynb #67e70699
 def main_run(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairsSettings', 'CallSettings', 'image_root', 'move_paths', 'open_run', 'load_pairs', 'relative_paths', 'keep_pairs',
            'reopen', 'note_seconds', 'choose', 'gather', 'find_workers', 'as_asked', 'make_samples', 'image_base',
-           'make_pairs']
+           'write_pairs', 'make_pairs']
 
 # %% ../nbs/45_stages.ipynb #ef11eac7
 import json, time
@@ -16,7 +16,7 @@ from .engine import Asking, Calls
 from .inputs import find_images, read_samples
 from .world import DESCRIBE
 
-# %% ../nbs/45_stages.ipynb #06396c47
+# %% ../nbs/45_stages.ipynb #620a238f
 @dataclass
 class PairsSettings:
     "What decides the preference pairs (section 3.1, Algorithm 1)."
@@ -25,7 +25,7 @@ class PairsSettings:
     instructions: str = opt("prompt", "'prompt' (--prompt for every image), 'annotator' (section 4.1: a caption request and a question that the annotator writes), or a file: LLaVA-Instruct JSON, JSON lines, Parquet, datasets folder; the world has its own")
     prompt: str = opt(DESCRIBE, "instruction x for every image of a folder")
     turns: str = opt("first", "of a conversation in LLaVA-Instruct JSON", choices=("first", "all"))
-    limit: int = opt(None, "use at most this many images, drawn by --data-seed (default: all)")
+    limit: int = opt(None, "ask about at most this many images, drawn by --data-seed; all of them can be retrieved (default: ask about all)")
     model: str = opt("tiny", "the VLM to align: 'tiny', a local folder, or a hub name")
     policy_server: str = opt(None, "server:MODEL@URL that runs the VLM to align; it is asked there, and only its vision tower is used here")
     annotator: str = opt("auto", "who writes the chosen answers: 'world', 'self' (the model itself, on-policy), 'data' (the answers of the instructions file), server:MODEL[@URL] (the paper: server:gpt-4o-mini), replay:FILE, a model folder; auto = world or self")
@@ -136,20 +136,20 @@ def note_seconds(
     old = json.loads(file.read_text()) if file.exists() else {}
     write_json(file, old | {stage: round(old.get(stage, 0)+seconds, 1)})
 
-# %% ../nbs/45_stages.ipynb #f95d0a6b
+# %% ../nbs/45_stages.ipynb #189d2a33
 def choose(
     hashes:dict, # image path -> content hash
     n:int,       # how many, or None for all
     seed:int     # of the choice
 )->dict: # the same for at most n images, in their order
-    "`--limit`: which images are used."
+    "`--limit`: which images are asked about."
     import numpy as np
     if n is None or n>=len(hashes): return hashes
-    if n<2: raise ValueError(f"--limit {n}: retrieval needs at least two images")
+    if n<1: raise ValueError(f"--limit {n}: ask about one image at least")
     keep = set(np.random.default_rng(seed).permutation(sorted(hashes))[:n].tolist())
     return {p: h for p,h in hashes.items() if p in keep}
 
-# %% ../nbs/45_stages.ipynb #24ad8e87
+# %% ../nbs/45_stages.ipynb #5debdba3
 def gather(
     run, # `Run` of these settings
     s    # `PairsSettings`
@@ -159,21 +159,21 @@ def gather(
     if s.images=="world":
         if s.instructions not in ("prompt", "annotator"): raise ValueError(f"--instructions {s.instructions}: name --images too, the folder that its image paths start from (or where pictures inside it are written to)")
         world = WorldAnnotator(draw_world(run/"images", s.n_images, "pairs", s.data_seed), s.data_seed)
-        hashes = choose({path: image_hash(path) for path in world.scenes}, s.limit, s.data_seed)
-        return [Sample(f"{Path(p).name}#{n}", q, p) for p in hashes for n, q in enumerate(world.instructions(p))], hashes, world
+        hashes = {path: image_hash(path) for path in world.scenes}
+        return [Sample(f"{Path(p).name}#{n}", q, p) for p in choose(hashes, s.limit, s.data_seed) for n, q in enumerate(world.instructions(p))], hashes, world
     if s.instructions in ("prompt", "annotator"):
         hashes, bad = find_images(s.images)
-        hashes = choose(hashes, s.limit, s.data_seed)
-        samples = [Sample(f"{Path(p).relative_to(s.images).as_posix()}#0", s.prompt, p) for p in hashes]
+        samples = [Sample(f"{Path(p).relative_to(s.images).as_posix()}#0", s.prompt, p) for p in choose(hashes, s.limit, s.data_seed)]
     else:
         known = {}
         samples, bad = read_samples(s.instructions, s.images, s.prompt, s.turns, hashes=known)
-        hashes = choose({p: known[p] for p in dict.fromkeys(x.image for x in samples)}, s.limit, s.data_seed)
-        samples = [x for x in samples if x.image in hashes]
+        hashes = {p: known[p] for p in dict.fromkeys(x.image for x in samples)}
+        asked = choose(hashes, s.limit, s.data_seed)
+        samples = [x for x in samples if x.image in asked]
     Records(Miss(b["image"], b["reason"]) for b in bad).save(run/"skipped.jsonl")
     return samples, hashes, None
 
-# %% ../nbs/45_stages.ipynb #5584cde5
+# %% ../nbs/45_stages.ipynb #df6b3493
 def find_workers(
     how # `CallSettings`
 ): # `cluster.RayWorkers`, or None
@@ -181,7 +181,7 @@ def find_workers(
     if how.engine=="local": return None
     if how.budget is not None: raise ValueError("--budget with --engine ray: workers cannot keep one budget together; use --engine local")
     from realign_nb.cluster import RayWorkers
-    return RayWorkers(how.ray_workers, how.gpus_per_worker)
+    return RayWorkers(how.ray_workers, how.gpus_per_worker, concurrency=how.concurrency)
 
 # %% ../nbs/45_stages.ipynb #24f846d6
 def as_asked(
@@ -231,7 +231,20 @@ def image_base(
     rows = embed_file(run/"embeddings.npy", paths, own, progress=progress, encoder=getattr(encoder, "fingerprint", s.retrieval_encoder), many=many)
     return KnowledgeBase(rows, paths, list(hashes.values()), index=s.index, near=s.near)
 
-# %% ../nbs/45_stages.ipynb #b37933d5
+# %% ../nbs/45_stages.ipynb #20a33da5
+def write_pairs(
+    run,   # `Run` of these settings
+    s,     # `PairsSettings`
+    pairs, # `PreferencePair`s
+    misses # `Miss`es
+):
+    "The files of a finished run; pairs.jsonl comes last and says that it is finished."
+    from realign_nb.generate import balance_yes_no
+    pairs, dropped = balance_yes_no(pairs, s.data_seed) if s.balance else (pairs, [])
+    relative_paths(sorted([*misses, *dropped], key=lambda m: m.id), run).save(run/"misses.jsonl")
+    relative_paths(pairs, run).save(run/"pairs.jsonl")
+
+# %% ../nbs/45_stages.ipynb #79494b5f
 def make_pairs(
     path,          # the run folder
     s,             # `PairsSettings`
@@ -239,9 +252,8 @@ def make_pairs(
     how=None       # `CallSettings`
 )->tuple: # (`Records` of pairs, `Records` of misses)
     "Algorithm 1 on images or on the world; continues where an earlier call stopped."
-    from realign_nb.generate import balance_yes_no, generate_pairs
-    from realign_nb.models import load_text_encoder
-    from realign_nb.models import load_vlm
+    from realign_nb.generate import generate_pairs
+    from realign_nb.models import load_text_encoder, load_vlm
     run, how = Run(path, asdict(s)), how or CallSettings()
     if (run/"pairs.jsonl").exists(): return load_pairs(path), Records.load(run/"misses.jsonl", Miss)
     t, gathered, workers = time.time(), gather(run, s), find_workers(how)
@@ -256,10 +268,6 @@ def make_pairs(
         pairs, more = generate_pairs(samples, policy, kb, text, s.masker, annotator=annotator, k=s.k, tau=s.tau, accept=s.accept, take=s.take,
                                      completer=s.completer, see_instruction=s.see_instruction, max_new_tokens=s.max_new_tokens, calls=calls)
         misses = [*misses, *more]
-    if s.balance:
-        pairs, dropped = balance_yes_no(pairs, s.data_seed)
-        misses = [*misses, *dropped]
-    relative_paths(sorted(misses, key=lambda m: m.id), run).save(run/"misses.jsonl")
-    relative_paths(pairs, run).save(run/"pairs.jsonl")
+    write_pairs(run, s, pairs, misses)
     note_seconds(path, "pairs", time.time()-t)
     return load_pairs(path), Records.load(run/"misses.jsonl", Miss)

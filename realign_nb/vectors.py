@@ -100,19 +100,19 @@ def flat_index(
         return best[1]
     return search
 
-# %% ../nbs/22_vectors.ipynb #08b54a55
+# %% ../nbs/22_vectors.ipynb #559b09f1
 def index_settings(
     n:int,           # images
     d:int,           # numbers per row
     index:str="auto" # "flat", "ivf", "ivfpq"; "auto" chooses by size
 )->dict: # index, nlist, nprobe, m (bytes per code), train (rows that k-means sees)
-    "The kind of index and its sizes; $4\\sqrt N$ lists, 160 of them searched, 8 numbers per byte of code."
+    "The kind of index and its sizes; $4\\sqrt N$ lists, 128 of them searched, 8 numbers per byte of code."
     if index not in ("auto", "flat", "ivf", "ivfpq"): raise ValueError(f"unknown index {index!r}: use 'auto', 'flat', 'ivf' or 'ivfpq'")
     if index=="auto": index = "flat" if n<=1_000_000 else "ivf" if 4*n*d<=16e9 else "ivfpq"
     if index=="ivfpq" and n<256*39: raise ValueError(f"{n} images are too few for index='ivfpq', which learns 256 code words from {256*39:,} or more: use 'flat'")
     nlist = max(1, min(2**round(math.log2(4*math.sqrt(n))), n//39))
     m = max(x for x in range(1, d+1) if d%x==0 and (d//x>=8 or x==1))
-    return dict(index=index, nlist=nlist, nprobe=min(160, nlist), m=m, train=min(n, max(40*nlist, 65536)))
+    return dict(index=index, nlist=nlist, nprobe=min(128, nlist), m=m, train=min(n, max(40*nlist, 65536)))
 
 # %% ../nbs/22_vectors.ipynb #cdb7d702
 def ivf_index(

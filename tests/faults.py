@@ -128,8 +128,7 @@ class FaultServer:
     async def _drip(self, reader, writer):
         "A byte every 50 ms, until the client hangs up."
         writer.write(b"HTTP/1.1 200 X\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n")
-        gone = asyncio.ensure_future(reader.read(1))
-        while not gone.done(): writer.write(b" "); await asyncio.wait([gone], timeout=.05)
+        while not reader.at_eof() and not reader.exception(): writer.write(b" "); await asyncio.sleep(.05)
         return False
 
     def _complete(self, body, prompt, image):

@@ -173,8 +173,8 @@ def test_a_memory_map_is_never_copied(tmp_path, unit):
 
 def test_the_index_is_chosen_by_size_and_its_numbers_are_those_stated():
     assert [index_settings(n, 768)["index"] for n in (2, 11_000, 1_000_000, 1_000_001, 5_208_333, 5_208_334)] == ["flat"] * 3 + ["ivf", "ivf", "ivfpq"]
-    assert index_settings(10**6, 768, "ivf") == dict(index="ivf", nlist=4096, nprobe=160, m=96, train=163_840)
-    assert index_settings(10**8, 1024) == dict(index="ivfpq", nlist=32_768, nprobe=160, m=128, train=1_310_720)
+    assert index_settings(10**6, 768, "ivf") == dict(index="ivf", nlist=4096, nprobe=128, m=96, train=163_840)
+    assert index_settings(10**8, 1024) == dict(index="ivfpq", nlist=32_768, nprobe=128, m=128, train=1_310_720)
     for n in (2, 39, 40, 1000, 20_000):
         s = index_settings(n, 24, "ivf")
         assert 1 <= s["nprobe"] <= s["nlist"] <= max(1, n // 39) and s["train"] <= n
