@@ -41,7 +41,7 @@ def check(id, text):
     if int(id[1:]) % 2: check_mask(text_of(int(id[1:])), text)
 
 
-def quick(server, **kw): return ServerVLM("tiny", server.url, api_key=KEY, **(dict(timeout=1.) | kw))
+def quick(server, **kw): return ServerVLM("tiny", server.url, api_key=KEY, **(dict(timeout=30.) | kw))
 
 
 def kept(file):
@@ -70,7 +70,7 @@ def accounted(calls, items, replies, vlm, server):
 def under_fault(folder, fault, items, hashes, rate=.2, concurrency=64):
     "One run with one fault: (calls, replies, vlm, server)."
     with FaultServer({fault: rate}, seed=3) as server:
-        calls, vlm = Calls(folder / f"{fault}.jsonl", hashes, asking=Asking(concurrency=concurrency)), quick(server)
+        calls, vlm = Calls(folder / f"{fault}.jsonl", hashes, asking=Asking(concurrency=concurrency)), quick(server, timeout=.8 if fault in ("timeout", "slow") else 30)
         return calls, calls.map("answer", items, vlm, check=check), vlm, server
 
 
@@ -91,13 +91,13 @@ def test_one_fault_at_a_fifth_of_the_requests(each_fault, fault):
     assert {r.reason.split(":")[0] for r in bad} <= {REASONS.get(fault)}, [r.reason for r in bad]
     assert all(r.failed == (fault in ("truncated", "wrong_model")) for r in bad)
     if fault in SERVICE: assert not bad and server.requests >= len(items) + server.faults[fault]
-    else: assert len(bad) < .12 * len(items) and server.requests < 1.4 * len(items)         # asked a second time, and no third
+    else: assert len(bad) < .12 * len(items) < len(items) < server.requests < 1.4 * len(items)         # asked a second time, and no third
 
 
 def test_all_faults_together_and_the_next_start(tmp_path, pictures, hashes):
     items, file = questions(500, pictures), tmp_path / "calls.jsonl"
     with FaultServer(spread(.2), seed=1) as server:
-        vlm, calls = quick(server, max_retries=1), Calls(file, hashes, asking=Asking(concurrency=64))
+        vlm, calls = quick(server, timeout=.8, max_retries=1), Calls(file, hashes, asking=Asking(concurrency=64))
         replies = calls.map("answer", items, vlm, check=check)
         accounted(calls, items, replies, vlm, server)
         assert set(server.faults) == set(FAULTS) and server.most <= 64
@@ -186,7 +186,7 @@ def test_a_budget_that_ends_between_two_tries_leaves_the_question_open(tmp_path,
 
 def test_faults_in_front_of_another_server(tmp_path, pictures, hashes):
     with FaultServer() as server, FaultServer(spread(.3), seed=8, upstream=server.url) as proxy:
-        replies = Calls(tmp_path / "calls.jsonl", hashes).map("answer", items := questions(60, pictures), vlm := quick(proxy), check=check)
+        replies = Calls(tmp_path / "calls.jsonl", hashes).map("answer", items := questions(60, pictures), vlm := quick(proxy, timeout=2), check=check)
         accounted(type("Kept", (), dict(file=tmp_path / "calls.jsonl", key=Calls(None, hashes).key)), items, replies, vlm, proxy)
         assert proxy.faults and not server.faults and server.answers == proxy.answers
 
@@ -256,21 +256,21 @@ def hedged(prompt, image): return "" if draw_number("hedge", prompt) < .1 else a
 
 
 def test_killed_three_times_ends_as_an_unbroken_run(tmp_path, pictures, hashes):
-    items = questions(240, pictures)
+    items = questions(160, pictures)
     with FaultServer(answer=hedged, latency=.02) as server:
         whole = Calls(tmp_path / "whole.jsonl", hashes).map("answer", items, quick(server))
         asked = server.requests
     with FaultServer(answer=hedged, latency=.02) as server:
         broken = tmp_path / "broken.jsonl"
-        for lines in (1, 70, 150):
+        for lines in (1, 50, 100):
             p = start(server, broken, items)
             wait_for(lambda: count(broken) >= lines, p)
             p.send_signal(signal.SIGKILL); p.communicate()
         with open(broken, "a") as f: f.write('{"stage": "answer", "mod')                   # and a torn line on top
         with pytest.warns(UserWarning, match="torn last line"): calls = Calls(broken, hashes)
-        assert calls.map("answer", items, quick(server)) == whole and 0 < calls.asked <= 120
+        assert calls.map("answer", items, quick(server)) == whole and 0 < calls.asked <= 80
         assert server.requests <= asked + 3 * 2 * 8                                         # of the killed: what was under way
-    assert kept(broken) == kept(tmp_path / "whole.jsonl") and sum(r.reason is not None for r in whole.values()) > 10
+    assert kept(broken) == kept(tmp_path / "whole.jsonl") and sum(r.reason is not None for r in whole.values()) > 5
 
 
 def test_ctrl_c_waits_for_what_is_under_way(tmp_path, pictures):

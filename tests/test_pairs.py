@@ -81,6 +81,7 @@ def kill_a_worker(log, killed):
             if busy: os.kill(int(proc.name), signal.SIGKILL); killed.append(proc.name); break
 
 
+@pytest.mark.slow
 def test_ray_workers_make_the_same_pairs_though_one_is_killed(tmp_path, photos):
     s = PairsSettings(images=str(photos), limit=140, annotator="self", k=2)          # three batches a stage
     killed = []
