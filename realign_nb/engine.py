@@ -174,20 +174,20 @@ async def _room(flight, size):
     try: yield True
     finally: flight.flying -= 1; flight.held -= need or 0.; flight.changed.set(); flight.changed = asyncio.Event()
 
-# %% ../nbs/04_engine.ipynb #49281ca0
+# %% ../nbs/04_engine.ipynb #188797cc
 def batches(
     questions:dict, # id -> (prompt, image)
     vlm,            # with `generate`, or with `replies` that give `Reply`s
     max_new_tokens:int, # limit of an answer
     batch_size:int, # questions per call
     check=None,     # see `judged`
-    workers=None    # with `replies(plan, vlm, max_new_tokens)`; used for a model with a `spec`
+    workers=None    # with `replies(plan, vlm, max_new_tokens)`; used for a model with a `spec`, or on a server
 ): # iterator over lists of (id, Reply, seconds, True), one per batch
     "Questions to a model on this machine."
     ask = getattr(vlm, "replies", vlm.generate)
     plan = batch_plan({i: len(p) for i,(p,_) in questions.items()}, batch_size)
     todo = [[questions[i] for i in ids] for ids in plan]
-    if workers and getattr(vlm, "spec", None): answers = workers.replies(todo, vlm, max_new_tokens)
+    if workers and (getattr(vlm, "spec", None) or hasattr(vlm, "ask")): answers = workers.replies(todo, vlm, max_new_tokens)
     else: answers = ((n, ask([p for p,_ in b], [im for _,im in b], max_new_tokens)) for n, b in enumerate(todo))
     start = time.perf_counter()
     for n, given in answers:
@@ -276,15 +276,18 @@ def _map(calls, stage, items, vlm, max_new_tokens, check, note):
     if stop.asked: raise KeyboardInterrupt(f"{stage}: stopped. {_standing(len(items)-left, len(items))}")
     return {i: judged(calls.cache.get(k) or failed[k], i, check) for i, k in keys.items()}
 
-# %% ../nbs/04_engine.ipynb #eddd197c
+# %% ../nbs/04_engine.ipynb #e4c0dee8
 def _ask(calls, items, ids, vlm, max_new_tokens, check, stop):
     "Lists of (id, Reply, seconds, last?) as they come, with how often something was asked again"
     if not ids: return
-    if hasattr(vlm, "ask"):
+    if hasattr(vlm, "ask") and not calls.workers:
         flight = Flight(((i, *items[i]) for i in ids), vlm, max_new_tokens, calls.asking, calls.purse, check, stop)
         for done in flight: yield [done], flight.again
     else:
-        for done in batches({i: items[i] for i in ids}, vlm, max_new_tokens, calls.batch_size, check, calls.workers): yield done, 0
+        for done in batches({i: items[i] for i in ids}, vlm, max_new_tokens, calls.batch_size, check, calls.workers):
+            for _, r, *_ in done:
+                if r.prompt_tokens is not None: calls.purse.pay((r.prompt_tokens, r.completion_tokens or 0))
+            yield done, 0
 
 def _postfix(calls, note, again):
     "What stands beside the bar"

@@ -92,7 +92,7 @@ def _http(timeout):
                 raise http.ReadTimeout(f"no whole answer in {timeout:g} s", request=request) from None
     return Http(timeout=timeout)
 
-# %% ../nbs/01b_servers.ipynb #89b65913
+# %% ../nbs/01b_servers.ipynb #681fc6e0
 class ServerVLM:
     "A model behind an OpenAI-compatible chat endpoint."
     def __init__(self,
@@ -106,6 +106,7 @@ class ServerVLM:
     ):
         self.name, self.base_url, self.timeout, self.max_retries = model, base_url or os.environ.get("OPENAI_BASE_URL"), timeout, max_retries
         self.settings, self._key = dict(temperature=temperature, max_side=max_side), api_key or os.environ.get("OPENAI_API_KEY")
+        if urlsplit(self.base_url or "").password: raise ValueError(f"{model}: the address holds a password, and addresses are written into the records of a run; put it into OPENAI_API_KEY")
 
     def __repr__(self): return f"ServerVLM({self.name!r})"
 

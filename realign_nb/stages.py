@@ -244,7 +244,7 @@ def write_pairs(
     relative_paths(sorted([*misses, *dropped], key=lambda m: m.id), run).save(run/"misses.jsonl")
     relative_paths(pairs, run).save(run/"pairs.jsonl")
 
-# %% ../nbs/45_stages.ipynb #79494b5f
+# %% ../nbs/45_stages.ipynb #374bd313
 def make_pairs(
     path,          # the run folder
     s,             # `PairsSettings`
@@ -254,6 +254,8 @@ def make_pairs(
     "Algorithm 1 on images or on the world; continues where an earlier call stopped."
     from realign_nb.generate import generate_pairs
     from realign_nb.models import load_text_encoder, load_vlm
+    for spec in (s.annotator, s.policy_server):
+        if spec and spec.startswith("server:"): load_vlm(spec)                 # an address with a password must not get into the manifest
     run, how = Run(path, asdict(s)), how or CallSettings()
     if (run/"pairs.jsonl").exists(): return load_pairs(path), Records.load(run/"misses.jsonl", Miss)
     t, gathered, workers = time.time(), gather(run, s), find_workers(how)
