@@ -6,10 +6,14 @@
 FOLDER takes the vectors (4 n d bytes) and is not emptied. Each variant runs in a process of its own with one thread. The raw variant is what one
 writes with FAISS alone: the same index type and settings, trained on the same rows, asked for as many candidates, which are compared again with
 the rows of the memory map. It returns row numbers; ours returns ids and leaves out copies. Both processes of a pair live at the same time and
-are asked in turn. Peak memory is VmHWM of Linux, with the pages of the mapped file that were touched. Started by hand only.
+are asked in turn, five times; the median counts. Ratios are of processor time, which with one thread is the wall time of a machine that does
+nothing else; wall times are kept beside them. Two processes with the same index differ by some percent, by where its lists lie in memory, so the raw
+search is also asked of our process and our index ("search, same index"). Peak memory is VmHWM of Linux, with the pages of the mapped file that
+were touched. Started by hand only.
 """
 import argparse, json, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
@@ -87,18 +91,17 @@ def child(who, kind, file, n_queries, seed):
     queries = np.sort(np.random.default_rng([seed, 2]).choice(len(x), n_queries, replace=False))
     if who == "raw":
         index, seconds = timed(lambda: raw_index(np.asarray(x), kind))
-        search = lambda: raw_search(index, np.asarray(x), queries, max(100, 20*K) if kind == "ivfpq" else K+8)
     else:
         ids = [f"{i:08d}.jpg" for i in range(len(x))]                     # the caller's; building starts with them
         kb, seconds = timed(lambda: KnowledgeBase(x, ids, index=kind))
         search = lambda: kb.search([ids[i] for i in queries], K)
+        index = kb.faiss or SimpleNamespace(search=lambda q, m: faiss.knn(q, x, m, metric=faiss.METRIC_INNER_PRODUCT))
+    raw = lambda: raw_search(index, np.asarray(x), queries, max(100, 20*K) if kind == "ivfpq" else K+8)
     print(json.dumps(seconds), flush=True)
     for line in sys.stdin:
-        if line.strip() == "one":
-            index.nprobe = 1
-            found = raw_search(index, x, queries, K+8)
-        else: found, seconds = timed(search)
-        if who == "ours": found = [[kb.row[h.id] for h in hits] for hits in found.values()]
+        if line.strip() == "one": index.nprobe = 1
+        found, seconds = timed(search if who == "ours" and line.strip() == "search" else raw)
+        if isinstance(found, dict): found = [[kb.row[h.id] for h in hits] for hits in found.values()]
         print(json.dumps(dict(seconds, memory=memory(), found=[[int(r) for r in f] for f in found])), flush=True)
 
 
@@ -127,18 +130,19 @@ def pair(kind, file, queries, seed, repeats=5):
     "Ours and FAISS's: build one after the other, search in turn."
     both = {who: Child(who, kind, file, queries, seed) for who in (("raw", "ours") if kind != "ivf" else ("ours", "raw"))}
     for c in both.values(): c.ask()                                       # the first search maps the pages
-    asked = {who: [] for who in both}
+    asked = {"ours": [], "raw": [], "same": []}
     for _ in range(repeats):
         for who, c in both.items(): asked[who].append(c.ask())
+        asked["same"].append(both["ours"].ask("raw"))
     one = both["raw"].ask("one")["found"] if kind == "ivf" else None
     for c in both.values(): c.end()
     middle = lambda who, key: statistics.median(a[key] for a in asked[who])
-    out = {who: dict(build={k: round(v, 2) for k, v in both[who].build.items()}, search={k: round(middle(who, k), 3) for k in ("wall", "cpu")},
+    out = {who: dict(build={k: round(v, 4) for k, v in both[who].build.items()}, search={k: round(middle(who, k), 3) for k in ("wall", "cpu")},
                      searches=[round(a["wall"], 3) for a in asked[who]], memory=asked[who][-1]["memory"]) for who in ("ours", "raw")}
     o, r = out["ours"], out["raw"]
-    out["ratio"] = {"build": o["build"]["wall"] / r["build"]["wall"], "build, processor time": o["build"]["cpu"] / r["build"]["cpu"],
-                    "search": o["search"]["wall"] / r["search"]["wall"], "search, processor time": o["search"]["cpu"] / r["search"]["cpu"],
-                    "peak memory": o["memory"]["peak"] / r["memory"]["peak"]}
+    out["ratio"] = {"build": o["build"]["cpu"] / r["build"]["cpu"], "search": o["search"]["cpu"] / r["search"]["cpu"],
+                    "search, same index": o["search"]["cpu"] / middle("same", "cpu"), "peak memory": o["memory"]["peak"] / r["memory"]["peak"],
+                    "build, wall": o["build"]["wall"] / r["build"]["wall"], "search, wall": o["search"]["wall"] / r["search"]["wall"]}
     out["ratio"] = {k: round(v, 3) for k, v in out["ratio"].items()}
     return out, {who: asked[who][-1]["found"] for who in both}, one
 

@@ -1,6 +1,6 @@
 """Kill `realign-pairs` at random moments, start it again, and compare what it ends with to an unbroken run.
 
-    python tests/soak.py --kills 30          about five minutes; the tests do it with three
+    python tests/soak.py --kills 30          about five minutes; `pytest -m slow` does it with three
 
 The annotator is a server on loopback that takes a while to answer (faults.py), the completer is the packaged model in the killed process: both kinds of
 calls are broken off. Half of the kills come a random while after the process has written something new, the others a random while after its start.

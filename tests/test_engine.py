@@ -239,7 +239,7 @@ def start(server, file, items, concurrency=8):
     path = Path(file).with_suffix(".items")
     path.write_text(json.dumps(items))
     return subprocess.Popen([sys.executable, "-c", SCRIPT, server.url, str(file), str(path), str(concurrency)], stderr=subprocess.PIPE, text=True,
-                            env=os.environ | dict(OPENAI_API_KEY=KEY))
+                            env=os.environ | dict(OPENAI_API_KEY=KEY), preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # tests in the background ignore it
 
 
 def wait_for(condition, process, seconds=60):

@@ -65,6 +65,7 @@ def test_five_hundred_images_with_every_fault_at_a_fifth(tmp_path, photos, fault
     assert server.faults[fault] > 50 and len(pairs) > 300
 
 
+@pytest.mark.slow
 def test_killed_three_times_ends_as_an_unbroken_run(tmp_path):
     whole, broken, done = soak(tmp_path, kills=3, images=40)
     assert whole == broken and done == 3 and len(whole[0]) > 10
