@@ -192,7 +192,9 @@ def main():
     x, s = np.load(file, mmap_mode="r"), {kind: index_settings(a.n, a.d, kind) for kind in KINDS[:2 if a.n < 9984 else 3]}
     data = dict(n=a.n, d=a.d, queries=a.queries, k=K, seed=seed, clusters=max(50, a.n // 50), width=WIDTH, spread=SPREAD,
                 generator=" ".join(clustered.__doc__.split()), settings=s, machine=machine())
-    if a.tune: data["recall"] = tune(np.asarray(x), seed, a.queries)
+    if a.tune:
+        for v in s.values(): v.pop("nprobe")                              # what is varied
+        data["recall"] = tune(np.asarray(x), seed, a.queries)
     else:
         data["chosen_on"] = "lists searched and candidates: seed 0 and other queries, retrieval_tuning.json"
         found, results = {}, {}

@@ -39,7 +39,7 @@ def _cut_back(part, note, batch_size):
     with open(part, "r+b") as f: f.truncate(header+done*width if done else 0)
     return done
 
-# %% ../nbs/31_retrieval.ipynb #87e25bbb
+# %% ../nbs/31_retrieval.ipynb #d5c9d93d
 def embed_file(
     file,               # to be made, e.g. run/"embeddings.npy"
     paths:list,         # image paths; row n belongs to paths[n]
@@ -47,11 +47,12 @@ def embed_file(
     batch_size:int=256, # images per call
     progress=None,      # function (total, done, name) -> bar with .update and .close; None is silent
     encoder:str="",     # name or fingerprint of the encoder: rows of two are never mixed
-    many=None           # function (paths, batch_size) -> iterator of `[n,D]` in order, e.g. of a cluster; replaces `encode`
+    many=None,          # function (paths, batch_size) -> iterator of `[n,D]` in order, e.g. of a cluster; replaces `encode`
+    keys=None           # what identifies each image, e.g. its content hash; default its path as given
 )->np.memmap: # `[N,D]` float32, read-only, rows of length 1
     "Embed every image once, into a memory-mapped file; the same call again goes on after a kill."
     file, paths, n = Path(file), [str(p) for p in paths], len(paths)
-    note = _note(file, dict(images=n, paths=hashlib.sha256("\n".join(paths).encode()).hexdigest(), encoder=encoder))
+    note = _note(file, dict(images=n, order=hashlib.sha256("\n".join(keys or paths).encode()).hexdigest(), encoder=encoder))
     if not file.exists():
         part = Path(f"{file}.part"); at = done = _cut_back(part, note, batch_size)
         if not many: many = lambda rest, size: (encode(rest[a:a+size]) for a in range(0, len(rest), size))
@@ -68,14 +69,14 @@ def embed_file(
         os.replace(part, file)
     return np.load(file, mmap_mode="r")
 
-# %% ../nbs/31_retrieval.ipynb #b2c02fab
+# %% ../nbs/31_retrieval.ipynb #4fef42b1
 def _note(file, want):
     "What is known of the file; an error where it belongs to other images or another encoder."
     note = Path(f"{file}.json")
     if not want["images"]: raise ValueError(f"{file}: no images to embed")
     have = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
     if not have and file.exists(): have = dict(images=len(np.load(file, mmap_mode="r")))
-    for key, what in dict(images="another number of images", paths="other images, or another order", encoder="another encoder").items():
+    for key, what in dict(images="another number of images", order="other images, or another order", encoder="another encoder").items():
         if have and have.get(key, want[key])!=want[key]: raise ValueError(f"{file}: was begun for {what}; delete {file.name}*, or use another folder")
     return want | have
 

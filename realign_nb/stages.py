@@ -214,7 +214,7 @@ def make_samples(
     answered, lost = answer_samples(calls, samples, annotator, kind, s.max_new_tokens)
     return answered, annotator, [*misses, *lost]
 
-# %% ../nbs/45_stages.ipynb #64e62f3e
+# %% ../nbs/45_stages.ipynb #c621844b
 def image_base(
     run,      # `Run` of these settings
     s,        # `PairsSettings`
@@ -228,7 +228,7 @@ def image_base(
     paths = list(hashes)
     own = lambda ps: encoder.embed(ps) if hasattr(encoder, "embed") else encoder.encode([open_image(p) for p in ps], show_progress_bar=False)
     many = workers and (lambda ps, size: workers.embed(ps, encoder, size))
-    rows = embed_file(run/"embeddings.npy", paths, own, progress=progress, encoder=getattr(encoder, "fingerprint", s.retrieval_encoder), many=many)
+    rows = embed_file(run/"embeddings.npy", paths, own, progress=progress, encoder=getattr(encoder, "fingerprint", s.retrieval_encoder), many=many, keys=list(hashes.values()))
     return KnowledgeBase(rows, paths, list(hashes.values()), index=s.index, near=s.near)
 
 # %% ../nbs/45_stages.ipynb #20a33da5

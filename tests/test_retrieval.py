@@ -105,6 +105,9 @@ def test_rows_are_never_mixed(tmp_path):
     with pytest.raises(ValueError, match="2 rows of 3 numbers for 2 images of 2"): embed_file(file, paths, lambda ps: np.ones((len(ps), 3)), 2, encoder="A")
     assert np.allclose(embed_file(file, paths, two, 2, encoder="A"), .5 ** .5)
     with pytest.raises(ValueError, match="another encoder"): embed_file(file, paths, two, encoder="B")
+    keyed = embed_file(tmp_path / "k.npy", paths, two, 2, keys=list("uvwxyz"))   # by content: a moved folder is the same, an edited picture is not
+    assert np.array_equal(embed_file(tmp_path / "k.npy", [f"moved/{p}" for p in paths], None, keys=list("uvwxyz")), keyed)
+    with pytest.raises(ValueError, match="other images, or another order"): embed_file(tmp_path / "k.npy", paths, two, keys=list("uvwxyy"))
     old = tmp_path / "old.npy"                                             # without a note: only the number can be checked
     np.save(old, np.eye(6, dtype=np.float32))
     assert np.array_equal(embed_file(old, paths, None), np.eye(6))
