@@ -254,7 +254,7 @@ def _record(calls, stage, settings, done):
         calls.asked += last
         if not r.failed: calls.cache[k] = r; calls.models.add(r.model)
 
-# %% ../nbs/04_engine.ipynb #a5f67307
+# %% ../nbs/04_engine.ipynb #edda8a97
 def _map(calls, stage, items, vlm, max_new_tokens, check, note):
     "What is known is looked up, the rest is asked and recorded call by call"
     make, new, failed = _keys(calls, vlm, max_new_tokens), {}, {}
@@ -270,7 +270,7 @@ def _map(calls, stage, items, vlm, max_new_tokens, check, note):
                 _record(calls, stage, settings, [(keys[i], *items[i], *rest) for i, *rest in done])
                 failed.update({keys[i]: r for i, r, *_ in done if r.failed}); n = sum(last for *_, last in done); left -= n
                 if bar: bar.set_postfix_str(_postfix(calls, note, again), refresh=False); bar.update(n)
-                if stop.asked and not hasattr(vlm, "ask"): break
+                if stop.asked and (calls.workers or not hasattr(vlm, "ask")): break
         except (BudgetReached, StopAsking) as e: raise type(e)(f"{stage}: {e}. {_standing(len(items)-left, len(items))}") from None
         finally: bar and bar.close()
     if stop.asked: raise KeyboardInterrupt(f"{stage}: stopped. {_standing(len(items)-left, len(items))}")
