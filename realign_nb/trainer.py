@@ -7,8 +7,9 @@ __all__ = ['LINEARS', 'PROJECTORS', 'PROFILES', 'CARD', 'CARD_SETTINGS', 'projec
            'pair_dataset', 'PairCollator', 'batch_metrics', 'parameter_groups', 'RDPOTrainer', 'make_trainer',
            'group_table', 'model_card', 'save_adapter']
 
-# %% ../nbs/35_trainer.ipynb #bd19ffdb
+# %% ../nbs/35_trainer.ipynb #ea9ed570
 import inspect, re, warnings
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -17,7 +18,8 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 from .dpo import OBJECTIVES, REFERENCE_FREE, LogpBatch, implicit_rewards, streams
 from .rdpo import VIEWS
-from .rows import branch_logps, check_length, context_length, flat_rows, needed_lengths, row_lengths
+from .rows import (LAYOUTS, branch_logps, check_length, choose_layout, context_length, flat_rows, needed_lengths, row_lengths,
+                             shared_rows)
 
 # %% ../nbs/35_trainer.ipynb #5f279bf7
 LINEARS = dict(all=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), # Table 6: target "all"
@@ -53,7 +55,7 @@ def lora_config(
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0., target_modules=pattern, task_type="CAUSAL_LM",
                       modules_to_save=[proj] if projector=="full" else None)
 
-# %% ../nbs/35_trainer.ipynb #0b049ac6
+# %% ../nbs/35_trainer.ipynb #f37773fb
 @dataclass
 class RDPOConfig(DPOConfig):
     "Everything that a training run can be told; defaults are Table 6 of the paper."
@@ -66,6 +68,7 @@ class RDPOConfig(DPOConfig):
     lora_r: int = 128
     lora_alpha: int = 256
     lora_targets: str = "all"              # key of `LINEARS`
+    layout: str = "auto"                   # of the rows: "auto", "shared" or "flat"
     learning_rate: float = 1e-5            # (D7)
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03             # below 1: a fraction of all steps
@@ -83,11 +86,11 @@ class RDPOConfig(DPOConfig):
         _check_config(self); _fit_machine(self)
         super().__post_init__()
 
-# %% ../nbs/35_trainer.ipynb #cb48edc7
+# %% ../nbs/35_trainer.ipynb #82f81eb1
 def _check_config(c):
     "Refuse a word that no registry knows, and settings that would cut rows or drop columns."
     allowed = dict(objective=sorted(OBJECTIVES), view=sorted(VIEWS), rule=["label", "top1_nonlabel"],
-                   projector=["frozen", "lora", "full"], lora_targets=sorted(LINEARS))
+                   projector=["frozen", "lora", "full"], lora_targets=sorted(LINEARS), layout=LAYOUTS)
     for name, words in allowed.items():
         if (value := getattr(c, name)) not in words: raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(words)}")
     if c.max_length is not None:
@@ -117,23 +120,23 @@ def pair_dataset(
     "What the trainer shuffles and cuts into batches."
     return Dataset.from_dict(dict(index=list(range(len(pairs))), image=[p.id for p in pairs]))
 
-# %% ../nbs/35_trainer.ipynb #3a168cdf
+# %% ../nbs/35_trainer.ipynb #f123a6e3
 class PairCollator:
-    "Rows of the dataset -> `flat_rows` of their pairs; the second images are chosen once, for the whole set."
+    "Rows of the dataset -> rows of their pairs for the model; the second images are chosen once, for the whole set."
     def __init__(self,
         pairs:list,         # of `PreferencePair`s, in the order of the dataset
         processor,          # of the model
-        config:RDPOConfig,  # objective, view, seed
+        config:RDPOConfig,  # objective, view, seed, layout ("auto" is for `make_trainer`, which knows the model; here it means flat)
         max_length:int=None # positions of the model
     ):
         self.pairs, self.processor, self.view, self.max_length = pairs, processor, config.view, max_length
-        self.streams = streams(config.objective, config.view)
+        self.streams, self.rows = streams(config.objective, config.view), shared_rows if config.layout=="shared" else flat_rows
         self.second = VIEWS[config.view](pairs, config.seed) if any("@" in s for s in self.streams) else None
 
     def __call__(self, examples): # list of dataset rows -> dict of tensors
         index = [e["index"] for e in examples]
         second = [self.second[i] for i in index] if self.second else None
-        return flat_rows([self.pairs[i] for i in index], self.processor, self.view, self.streams, second, self.max_length)
+        return self.rows([self.pairs[i] for i in index], self.processor, self.view, self.streams, second, self.max_length)
 
 # %% ../nbs/35_trainer.ipynb #62ec9c48
 def batch_metrics(
@@ -195,7 +198,7 @@ class RDPOTrainer(DPOTrainer):
             self.optimizer = kind(parameter_groups(model, self.args, set(self.get_decay_parameter_names(model))), **options)
         return self.optimizer
 
-# %% ../nbs/35_trainer.ipynb #86dfab29
+# %% ../nbs/35_trainer.ipynb #e3c51f66
 def make_trainer(
     model,             # image-text-to-text model without adapter; it gets one in place, so load it anew for another run
     processor,         # of the model
@@ -207,13 +210,16 @@ def make_trainer(
     if not pairs: raise ValueError("no pairs to train on; look at the misses of the pair run for the reasons")
     if hasattr(model, "peft_config"):
         raise ValueError("the model carries an adapter already; merge it (merge_and_unload) or load the base model anew")
-    limit = context_length(model)
-    for name, needed in needed_lengths(pairs, processor).items(): check_length(name, needed, limit)
+    limit, needed, config = context_length(model), needed_lengths(pairs, processor), copy(config)
+    for name, n in needed.items(): check_length(name, n, limit)
+    config.layout, why = choose_layout(model, config.layout, max(needed.values()))
     adapter = lora_config(model, config.lora_r, config.lora_alpha, config.projector, config.lora_targets)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated") # peft asks transformers by its old name
-        return RDPOTrainer(model=model, args=config, train_dataset=pair_dataset(pairs), processing_class=processor,
-                           data_collator=PairCollator(pairs, processor, config, limit), peft_config=adapter, **kw)
+        trainer = RDPOTrainer(model=model, args=config, train_dataset=pair_dataset(pairs), processing_class=processor,
+                              data_collator=PairCollator(pairs, processor, config, limit), peft_config=adapter, **kw)
+    trainer.layout_reason = why
+    return trainer
 
 # %% ../nbs/35_trainer.ipynb #c1d00def
 def group_table(
@@ -247,10 +253,10 @@ vlm = load_vlm("{base}", adapter="this folder")
 {metrics}
 """
 
-# %% ../nbs/35_trainer.ipynb #204621cb
+# %% ../nbs/35_trainer.ipynb #5ffe53b1
 CARD_SETTINGS = ("objective", "view", "rule", "weights", "beta", "learning_rate", "projector", "projector_learning_rate", "lora_r",
-                 "lora_alpha", "lora_targets", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs",
-                 "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed")
+                 "lora_alpha", "lora_targets", "layout", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+                 "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "seed")
 
 # %% ../nbs/35_trainer.ipynb #cf3cc973
 def model_card(

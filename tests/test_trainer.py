@@ -341,7 +341,7 @@ def test_names_of_trl_that_are_used():
     assert used<=inspect.signature(DPOTrainer.__init__).parameters.keys()
     theirs, ours = ({f.name for f in fields(c)} for c in (DPOConfig, RDPOConfig))
     assert ours-theirs=={"objective", "view", "rule", "weights", "projector", "projector_learning_rate",
-                         "lora_r", "lora_alpha", "lora_targets"}
+                         "lora_r", "lora_alpha", "lora_targets", "layout"}
     assert {"beta", "max_length", "loss_weights", "gradient_checkpointing", "remove_unused_columns", "bf16", "use_cpu", "seed",
             "data_seed", "dataloader_pin_memory"}<=theirs
     assert {"get_optimizer_cls_and_kwargs", "get_decay_parameter_names"}<=set(dir(DPOTrainer))
