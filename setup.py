@@ -19,8 +19,8 @@ statuses = ["0", "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - 
 extras = {key.removesuffix("_requirements"): shlex.split(value) for key, value in cfg.items() if key.endswith("_requirements")}
 readme = here / "README.md"
 package = here / cfg["lib_path"]
-# sprites, the tiny checkpoint and whatever else lies under assets/, at any depth
-assets = [str(f.relative_to(package)) for f in sorted((package / "assets").rglob("*"))
+# sprites and the tiny checkpoint under assets/, the paper's runs as files under recipes/, at any depth
+assets = [str(f.relative_to(package)) for folder in ("assets", "recipes") for f in sorted((package / folder).rglob("*"))
           if f.is_file() and f.suffix != ".pyc" and "__pycache__" not in f.parts]
 
 setuptools.setup(
@@ -32,7 +32,7 @@ setuptools.setup(
                  "Natural Language :: " + cfg["language"],
                  "Programming Language :: Python :: 3"],
     packages=setuptools.find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"],
-                                      exclude=[cfg["lib_path"] + ".assets", cfg["lib_path"] + ".assets.*"]),
+                                      exclude=[cfg["lib_path"] + "." + folder + end for folder in ("assets", "recipes") for end in ("", ".*")]),
     package_data={cfg["lib_path"]: assets},
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,

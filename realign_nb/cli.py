@@ -7,12 +7,13 @@ __all__ = ['add_settings', 'read_settings', 'quiet', 'one_thread', 'progress_bar
            'do_pairs', 'do_report', 'run_train', 'run_eval', 'run_all', 'main_pairs', 'do_convert', 'main_convert',
            'main_train', 'main_eval', 'main_run']
 
-# %% ../nbs/90_cli.ipynb #74b59b06
+# %% ../nbs/90_cli.ipynb #46b09f10
 import argparse, json, os, sys
 from dataclasses import fields
 from pathlib import Path
-from .arms import ARMS, TrainSettings, arm_folder, finished, train_arm
+from .arms import ARMS, TrainSettings, arm_folder, finished, score_arms, train_arm
 from .core import read_jsonl
+from .hyperparameters import add_recipe_options, recipe_args, show_plan
 from .results import EvalSettings, evaluate_arm, report_data
 from .stages import CallSettings, PairsSettings, image_root, keep_pairs, load_pairs, make_pairs, open_run, reopen
 
@@ -82,7 +83,7 @@ def do_arm(
     log = read_jsonl(arm_folder(path, "arms", arm, seed)/"log.jsonl")
     return f"{arm}, seed {seed}" + (f", loss {float(log[-1]['loss']):.3f}" if log else "")
 
-# %% ../nbs/90_cli.ipynb #dc70ec26
+# %% ../nbs/90_cli.ipynb #31ce28e5
 def do_arms(
     path:str,   # the run folder
     arms:list,  # keys of `ARMS`
@@ -97,6 +98,7 @@ def do_arms(
     jobs = ([("base", 0)] if evaluation else []) + [(a, s) for s in seeds for a in arms]
     bar, workers = progress_bar(len(jobs), 0, "arms"), workers or (2 if open_run(path).settings["model"]=="tiny" else 1)
     if workers>1:
+        if train: score_arms(path, arms, seeds, train)                        # once, before they all ask for it
         with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), one_thread) as pool:
             for f in as_completed([pool.submit(do_arm, path, a, s, train, evaluation) for a,s in jobs]): bar.set_postfix_str(f.result()); bar.update()
     else:
@@ -231,12 +233,18 @@ def main_convert(
     p.add_argument("--model", default="tiny", help="with --to run: the VLM to align (default: tiny)")
     return guarded(do_convert, p.parse_args(argv))
 
-# %% ../nbs/90_cli.ipynb #77370deb
+# %% ../nbs/90_cli.ipynb #bfa38866
 def main_train(
     argv=None # words after the program's name; None takes those of the shell
 )->int: # exit status
     "realign-train"
-    return guarded(run_train, command("realign-train", "Train adapters on the pairs of a run.", TrainSettings, arms=True).parse_args(argv))
+    p = command("realign-train", "Train adapters on the pairs of a run.", TrainSettings, arms=True); add_recipe_options(p)
+    def work(args):
+        args, recipe, model = recipe_args(p, argv)
+        if not args.dry_run: return run_train(args)
+        show_plan(args, recipe, model, read_settings(args, TrainSettings))
+        return 0
+    return guarded(work, p.parse_args(argv))
 
 # %% ../nbs/90_cli.ipynb #c5e14544
 def main_eval(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OBJECTIVES', 'STREAMS', 'REFERENCE_FREE', 'token_logps', 'sequence_logps', 'LogpBatch', 'preference_loss', 'dpo',
-           'sft', 'Objectives', 'streams', 'implicit_rewards']
+           'sft', 'Objectives', 'own_view', 'streams', 'implicit_rewards']
 
-# %% ../nbs/20_dpo.ipynb #46dcda58
+# %% ../nbs/20_dpo.ipynb #9c342d35
+import inspect
 from dataclasses import dataclass
 from importlib import import_module
 import torch
@@ -93,8 +94,8 @@ class Objectives(dict):
         if isinstance(value := super().__getitem__(name), str): import_module(value)
         return super().__getitem__(name)
 
-# %% ../nbs/20_dpo.ipynb #2dd83696
-OBJECTIVES = Objectives(dpo=dpo, sft=sft, vdpo="realign_nb.rdpo", rdpo="realign_nb.rdpo")
+# %% ../nbs/20_dpo.ipynb #be96b728
+OBJECTIVES = Objectives(dpo=dpo, sft=sft, vdpo="realign_nb.rdpo", rdpo="realign_nb.rdpo", mdpo="realign_nb.rdpo")
 
 # %% ../nbs/20_dpo.ipynb #3adc1653
 STREAMS = dict(dpo=("w", "l"), sft=("w",)) # objective -> the streams it reads
@@ -102,13 +103,21 @@ STREAMS = dict(dpo=("w", "l"), sft=("w",)) # objective -> the streams it reads
 # %% ../nbs/20_dpo.ipynb #85c317a7
 REFERENCE_FREE = {"sft"} # objectives that need no pass through the reference
 
-# %% ../nbs/20_dpo.ipynb #b776f616
+# %% ../nbs/20_dpo.ipynb #f2db89ea
+def own_view(
+    objective:str # key of `OBJECTIVES`
+)->str: # key of `rdpo.VIEWS`; "retrieved" where the objective takes no view
+    "The second image that an objective takes unless told otherwise."
+    default = getattr(inspect.signature(OBJECTIVES[objective]).parameters.get("view"), "default", None)
+    return default if isinstance(default, str) else "retrieved"
+
+# %% ../nbs/20_dpo.ipynb #e9cfc18e
 def streams(
-    objective:str,        # key of `OBJECTIVES`
-    view:str="retrieved"  # which second image, key of `rdpo.VIEWS`
+    objective:str, # key of `OBJECTIVES`
+    view:str=None  # which second image, key of `rdpo.VIEWS`; None takes the objective's own
 )->tuple: # of stream names
     "What has to be scored for an objective."
-    OBJECTIVES[objective]                                   # imports its module, which enters its streams
+    view = view or own_view(objective)                      # imports its module, which enters its streams
     return tuple(s.format(view=view) for s in STREAMS[objective])
 
 # %% ../nbs/20_dpo.ipynb #74ab8e65

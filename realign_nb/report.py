@@ -7,13 +7,13 @@ __all__ = ['NO_SCORES', 'pooled', 'score_rows', 'difference_rows', 'faults', 'ma
            'score_figure', 'curve_figures', 'duration', 'show_scores', 'yield_figure', 'show_pairs', 'show_curves',
            'show_settings', 'report']
 
-# %% ../nbs/44_report.ipynb #80058503
+# %% ../nbs/44_report.ipynb #17796f7f
 import html
 from .answers import mentions
 from .core import Miss, diff_html, thumbnail_html
 from .findings import METRICS, amount, judge, p_text, span, summary
 from .page import Cell, Page, plain
-from .plots import COLORS, arm_name, figure_html, forest, gallery, loss_curves, new_axes, reward_curves, similarity_histogram
+from .plots import COLORS, arm_name, figure_html, forest, gallery, loss_curves, new_axes, reward_curves, saturation_curves, similarity_histogram
 
 # %% ../nbs/44_report.ipynb #3c813fcc
 def pooled(
@@ -115,14 +115,16 @@ def score_figure(
         forest({arm: v if len(v)==3 else (v[0], None, None) for arm,v in percent.items()}, ax, METRICS[b,m][0] + ", %")
     return axes[-1]
 
-# %% ../nbs/44_report.ipynb #769364b5
+# %% ../nbs/44_report.ipynb #02d56fba
 def curve_figures(
     logs:dict # arm -> seed -> rows of the training log
 )->list: # of `Axes`, one per figure
-    "Losses of all arms, and rewards of the arms that have them, for the first seed."
+    "Losses and saturated pairs of all arms, and rewards of the arms that have them, for the first seed."
     first = {arm: next(iter(runs.values())) for arm,runs in logs.items() if runs}
     out, rewarded = [], {arm: log for arm,log in first.items() if any(r.get("rewards/rejected") is not None for r in log)}
-    if first: out.append(loss_curves(first, new_axes(width=5, height=2.9)[0]))
+    if first:
+        left, right = new_axes(2, width=9, height=2.9)
+        loss_curves(first, left); out.append(saturation_curves(rewarded, right))
     if rewarded:
         axes = new_axes(len(rewarded), width=.8+2.7*len(rewarded), height=3.1, sharey=True)
         for ax, (arm, log) in zip(axes, rewarded.items()): reward_curves(log, ax).set_title(arm_name(arm)[0], loc="left", size=10)
@@ -199,7 +201,7 @@ def show_pairs(
         page.add(gallery(shown, len(shown)), "\n".join(f"- {plain(p.prompt)}\n  - chosen: {plain(p.chosen)}\n  - rejected: {plain(p.rejected)}\n  - masked: {plain(p.masked)}" for p in shown))
         page.text("v is the input image, v_l the retrieved one. Words only in the chosen answer are blue, words only in the rejected one orange.", kind="cap")
 
-# %% ../nbs/44_report.ipynb #43c1adff
+# %% ../nbs/44_report.ipynb #dd3de0fa
 def show_curves(
     page,     # `Page` to add to
     data:dict # as for `report`
@@ -208,8 +210,8 @@ def show_curves(
     figures = curve_figures(data.get("logs") or {})
     if not figures: return
     page.heading("Training")
-    page.add("".join(figure_html(ax, alt) for ax, alt in zip(figures, ("Training loss of every arm", "Implicit rewards during training"))), "(Loss and reward curves are in the HTML page.)")
-    page.text("First seed of every arm. Losses of different arms have different formulas and cannot be compared: rDPO starts at 2 ln 2 = 1.386, DPO at ln 2 = 0.693, SFT is the mean negative log-likelihood of a token.", kind="cap")
+    page.add("".join(figure_html(ax, alt) for ax, alt in zip(figures, ("Training loss and saturated pairs of every arm", "Implicit rewards during training"))), "(Loss and reward curves are in the HTML page.)")
+    page.text("First seed of every arm. Losses of different arms have different formulas and cannot be compared: rDPO starts at 2 ln 2 = 1.386, DPO at ln 2 = 0.693, SFT is the mean negative log-likelihood of a token. A pair is saturated when its margin is above 5 nats: it teaches hardly anything any more.", kind="cap")
 
 # %% ../nbs/44_report.ipynb #cfec3837
 def show_settings(

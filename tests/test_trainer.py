@@ -9,10 +9,13 @@ from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from realign_nb.core import PreferencePair
+from realign_nb.dpo import OBJECTIVES, STREAMS
 from realign_nb.models import chat_text
+from realign_nb.rdpo import VIEWS
 from realign_nb.rows import branch_logps, flat_rows, needed_lengths
 from realign_nb.tinyvlm import build
-from realign_nb.trainer import (PROFILES, PairCollator, RDPOConfig, RDPOTrainer, group_table, lora_config, make_trainer, pair_dataset,
+from realign_nb.adapters import group_table, lora_config
+from realign_nb.trainer import (PROFILES, PairCollator, RDPOConfig, RDPOTrainer, make_trainer, pair_dataset,
                                 save_adapter)
 from realign_nb.world import DESCRIBE, caption, draw, make_scenes, question
 
@@ -35,7 +38,7 @@ PAIRS = make_pairs()
 
 
 def settings(tmp_path, **kw):
-    kw = {**dict(projector="frozen", lora_r=4, lora_alpha=8, learning_rate=1e-3, projector_learning_rate=1e-3, logging_steps=1,
+    kw = {**dict(projector="frozen", reference="on_the_fly", lora_r=4, lora_alpha=8, learning_rate=1e-3, projector_learning_rate=1e-3, logging_steps=1,
                  per_device_train_batch_size=6, gradient_accumulation_steps=1, save_strategy="no", disable_tqdm=True), **kw}
     return RDPOConfig(output_dir=str(tmp_path), use_cpu=True, **kw)
 
@@ -142,7 +145,7 @@ def test_fresh_adapter_starts_at_two_ln_two(tmp_path, projector):
     t = ready(tmp_path, projector=projector)
     assert loss_of(t).item()==pytest.approx(2*math.log(2), abs=1e-5)
     rewards = {k: v for k, v in t._metrics["train"].items() if k.startswith("rewards/")}
-    assert len(rewards)==6 and all(v==[0.] for v in rewards.values())
+    assert len(rewards)==8 and all(v==[0.] for v in rewards.values())
 
 
 def test_batch_size_padding_and_order_change_nothing(tmp_path):
@@ -293,15 +296,6 @@ def test_released_profile_differs_from_paper(tmp_path):
             assert loss_of(released, [dict(index=PAIRS.index(p))]).item()==pytest.approx(by_hand, rel=1e-4)
 
 
-@pytest.mark.parametrize("view", ["random", "blank"])
-def test_views_train(tmp_path, view):
-    t = ready(tmp_path, noise=.1, view=view, max_steps=2)
-    retrieved = ready(tmp_path, noise=.1)
-    assert abs(loss_of(t).item()-loss_of(retrieved).item())>1e-4
-    t.train()
-    assert t.state.global_step==2 and "rewards/image_margins" in t.state.log_history[0]
-
-
 def test_weights_scale_the_halves(tmp_path):
     both, text, image = (loss_of(ready(tmp_path, noise=.1, weights=w)).item() for w in ([1., 1.], [1., 0.], [0., 1.]))
     assert both==pytest.approx(text+image, rel=1e-5) and abs(text-image)>1e-3
@@ -332,6 +326,85 @@ def test_saved_adapter_reloads(tmp_path):
     assert str(tmp_path) not in card
 
 
+# ---- the stored reference
+
+@pytest.mark.parametrize("layout", ["shared", "flat"])
+def test_stored_equals_on_the_fly(tmp_path, layout):
+    "Loss and gradients of a ragged batch; the model is called once per step, not twice"
+    found = {}
+    for reference in ("stored", "on_the_fly"):
+        t = ready(tmp_path, noise=.1, projector="full", layout=layout, reference=reference)
+        calls = []
+        t.model.get_base_model().register_forward_hook(lambda *a: calls.append(1))
+        loss = t.compute_loss(t.model, t.data_collator(INDEX))
+        found[reference] = loss.item(), gradients(t, loss), len(calls)
+    (a, g, n), (b, h, m) = found["stored"], found["on_the_fly"]
+    assert a==pytest.approx(b, rel=2e-5) and abs(a-2*math.log(2))>1e-3 and distance(g, h)<1e-4 and (n, m)==(1, 2)
+
+
+def test_a_second_run_scores_nothing(tmp_path):
+    "Another beta, rate, rank and objective reuse the file; another rule or layout is refused by name"
+    first = ready(tmp_path, reference="stored").reference_told
+    again = ready(tmp_path, reference="stored", objective="dpo", beta=.5, lora_r=2, learning_rate=1e-5).reference_told
+    assert first["scored"]>20 and first["reused"]==0 and again["scored"]==0 and again["reused"]>first["scored"]/2 and again["rechecked"]==8
+    for kw in (dict(rule="top1_nonlabel"), dict(layout="flat")):
+        with pytest.raises(ValueError, match=f"scored otherwise .{[*kw][0]}: "): ready(tmp_path, reference="stored", **kw)
+
+
+def test_redraw_moves_the_policy_only(tmp_path):
+    "Crops change from step to step as in mDPO's code; what is stored of the reference stays, and the same state of torch gives the same draws"
+    t = ready(tmp_path, reference="stored", objective="mdpo", view="crop", redraw=True, layout="flat")
+    torch.manual_seed(3)
+    one, two = t.data_collator(INDEX[:2]), t.data_collator(INDEX[:2])
+    torch.manual_seed(3)
+    again = t.data_collator(INDEX[:2])
+    assert not torch.equal(one["pixel_values"][4:], two["pixel_values"][4:]) and torch.equal(one["pixel_values"], again["pixel_values"])
+    assert torch.equal(one["pixel_values"][:4], two["pixel_values"][:4])
+    assert all(torch.equal(one["reference"][s], two["reference"][s]) for s in ("w", "l", "w@crop"))
+    fixed = ready(tmp_path/"fixed", reference="stored", objective="mdpo", view="crop", layout="flat").data_collator
+    assert torch.equal(fixed(INDEX[:2])["pixel_values"], fixed(INDEX[:2])["pixel_values"])
+
+
+# ---- guards
+
+def test_a_loss_that_is_no_number_names_its_records(tmp_path):
+    "One weight at infinity, or one stored log-prob: the run stops before the optimizer steps"
+    t = ready(tmp_path, PAIRS[:6], reference="stored")
+    before = adapter(t)
+    t.data_collator.reference["l"][4] = math.inf
+    with pytest.raises(ValueError, match="record p04: loss .* from log-probs .*'reference l': inf"): t.train()
+    assert all(torch.equal(v, before[n]) for n, v in adapter(t).items())
+    broken = ready(tmp_path)
+    with torch.no_grad(): next(p for n, p in broken.model.named_parameters() if "lora_B" in n).fill_(math.inf)
+    with pytest.raises(ValueError, match="record p00, p01, p02, p03, p04, p05: loss nan from"): loss_of(broken)
+
+
+# ---- every objective with every view
+
+NEEDS_A_VIEW = [(o, v) for o in ("vdpo", "rdpo", "mdpo") for v in ("retrieved", "crop", "token_mask", "noise", "random", "blank")]
+
+
+@pytest.mark.parametrize("objective,view", [("dpo", "retrieved"), ("sft", "retrieved"), *NEEDS_A_VIEW])
+def test_two_epochs_of_everything(tmp_path, objective, view):
+    t = ready(tmp_path, PAIRS[:6], objective=objective, view=view, reference="stored", num_train_epochs=2, per_device_train_batch_size=3)
+    t.train()
+    log = [r for r in t.state.log_history if "loss" in r]
+    assert len(log)==4 and all(math.isfinite(r["loss"]) for r in log) and log[-1]["loss"]<log[0]["loss"]+.1
+
+
+def test_a_new_view_and_objective_take_one_function_each(tmp_path, monkeypatch):
+    def mirror(pairs, seed=0):
+        from PIL import ImageOps
+        return [ImageOps.mirror(p.image) for p in pairs]
+    def hinge(batch, beta=.1): return (1-beta*(batch.ratio("w")-batch.ratio("l"))).clamp(0)
+    monkeypatch.setitem(VIEWS, "mirror", mirror)
+    monkeypatch.setitem(OBJECTIVES, "hinge", hinge); monkeypatch.setitem(STREAMS, "hinge", ("w", "l"))
+    for kw in (dict(view="mirror"), dict(objective="hinge")):
+        t = ready(tmp_path, PAIRS[:6], reference="stored", max_steps=1, **kw)
+        t.train()
+        assert math.isfinite(t.state.log_history[0]["loss"])
+
+
 def test_names_of_trl_that_are_used():
     "What a new trl may break, by name"
     assert list(inspect.signature(DPOTrainer.compute_loss).parameters)==["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
@@ -341,7 +414,7 @@ def test_names_of_trl_that_are_used():
     assert used<=inspect.signature(DPOTrainer.__init__).parameters.keys()
     theirs, ours = ({f.name for f in fields(c)} for c in (DPOConfig, RDPOConfig))
     assert ours-theirs=={"objective", "view", "rule", "weights", "projector", "projector_learning_rate",
-                         "lora_r", "lora_alpha", "lora_targets", "layout"}
+                         "lora_r", "lora_alpha", "lora_targets", "layout", "redraw", "reference", "reference_file", "reference_batch_size"}
     assert {"beta", "max_length", "loss_weights", "gradient_checkpointing", "remove_unused_columns", "bf16", "use_cpu", "seed",
             "data_seed", "dataloader_pin_memory"}<=theirs
     assert {"get_optimizer_cls_and_kwargs", "get_decay_parameter_names"}<=set(dir(DPOTrainer))
