@@ -38,29 +38,32 @@ def row_key(
     "The name of one log-probability: SHA-256 over texts, picture and rule."
     return hashlib.sha256(json.dumps([prompt, answer, _picture(image), rule]).encode()).hexdigest()
 
-# %% ../nbs/34b_reference.ipynb #0d675860
-def _with_second(pairs, streams, view, second, seed):
-    "The pairs with their second picture of this view as `retrieved_image`."
-    odd = [s for s in streams if s not in ("w", "l", f"w@{view}", f"l@{view}")]
-    if odd: raise ValueError(f"stream {odd[0]!r} is not one of w, l, w@{view}; give the view that it names")
-    if not any("@" in s for s in streams): return list(pairs)
-    second = VIEWS[view](pairs, seed) if second is None else second
-    if len(second)!=len(pairs): raise ValueError(f"{len(second)} second images for {len(pairs)} pairs; give one per pair")
-    return [replace(p, retrieved_image=im) for p, im in zip(pairs, second)]
+# %% ../nbs/34b_reference.ipynb #f433f75d
+class _Seconds:
+    "Pairs whose `retrieved_image` is the second picture of a view, drawn when asked for: a set of pictures need not fit into memory."
+    def __init__(self, pairs, streams, view, second, seed):
+        odd = [s for s in streams if s not in ("w", "l", f"w@{view}", f"l@{view}")]
+        if odd: raise ValueError(f"stream {odd[0]!r} is not one of w, l, w@{view}; give the view that it names")
+        self.pairs, self.second = pairs, None
+        if any("@" in s for s in streams): self.second = VIEWS[view](pairs, seed) if second is None else second
+        if self.second is not None and len(self.second)!=len(pairs):
+            raise ValueError(f"{len(self.second)} second images for {len(pairs)} pairs; give one per pair")
 
-# %% ../nbs/34b_reference.ipynb #05eefb7e
+    def __len__(self): return len(self.pairs)
+    def __getitem__(self, i): return self.pairs[i] if self.second is None else replace(self.pairs[i], retrieved_image=self.second[i])
+
+# %% ../nbs/34b_reference.ipynb #448b170b
 def stream_keys(
-    pairs:list,       # of `PreferencePair`s, the second picture as `retrieved_image`
+    pairs,            # list of `PreferencePair`s, the second picture as `retrieved_image`
     streams,          # names, e.g. ("w", "l", "w@retrieved")
     rule:str="label"  # of the run; the stream "w" is always scored by its labels
 )->list: # per pair: stream -> `row_key`
     "Which numbers the pairs need."
     rules = stream_rules(rule, streams)
-    parts = [{s: (p.prompt, p.chosen if s[0]=="w" else p.rejected, p.retrieved_image if "@" in s else p.image, rules[s]) for s in streams}
-             for p in pairs]
-    files = {x[2] for own in parts for x in own.values() if isinstance(x[2], (str, os.PathLike))}
-    with ThreadPoolExecutor() as pool: list(pool.map(_picture, files))              # files are read side by side
-    return [{s: row_key(*x) for s, x in own.items()} for own in parts]
+    def one(i):
+        p = pairs[i]
+        return {s: row_key(p.prompt, p.chosen if s[0]=="w" else p.rejected, p.retrieved_image if "@" in s else p.image, rules[s]) for s in streams}
+    with ThreadPoolExecutor() as pool: return list(pool.map(one, range(len(pairs))))  # pictures are read side by side
 
 # %% ../nbs/34b_reference.ipynb #a8e2a28e
 def _bare(model):
@@ -122,27 +125,27 @@ def fingerprint(
                 processor=_digest([processor.to_dict(), _tokens(processor.tokenizer)]), template=_digest(processor.chat_template),
                 rule=rule, layout=layout, torch=torch.__version__.split("+")[0], transformers=transformers.__version__)
 
-# %% ../nbs/34b_reference.ipynb #dc9dabcb
-def _jobs(pairs, keys, wanted):
-    "(pair, streams to score, all its keys), so that each wanted key is scored once."
+# %% ../nbs/34b_reference.ipynb #0b635dd3
+def _jobs(keys, wanted):
+    "(number of the pair, streams to score, all its keys), so that each wanted key is scored once."
     wanted, out = set(wanted), []
-    for p, own in zip(pairs, keys):
+    for i, own in enumerate(keys):
         names = []
         for s, k in own.items():
             if k in wanted: names.append(s); wanted.remove(k)
-        if names: out.append((p, tuple(names), own))
+        if names: out.append((i, tuple(names), own))
     return out
 
-def _batches(jobs, model, processor, batch_size, layout, limit):
+def _batches(jobs, pairs, model, processor, batch_size, layout, limit):
     "Jobs with equal streams in batches of similar length; what does not fit into the model is refused before the first one."
-    need, groups = needed_lengths([p for p,*_ in jobs], processor), {}
+    need, groups = needed_lengths((pairs[i] for i,*_ in jobs), processor), {}
     for name, n in need.items(): check_length(name, n, limit)
     if need: choose_layout(model, layout, max(need.values()))
     for job in jobs: groups.setdefault(job[1], {})[job[2][job[1][0]]] = job
     return [[group[k] for k in ids] for _, group in sorted(groups.items())
-            for ids in batch_plan({k: need[job[0].id] for k, job in group.items()}, batch_size)]
+            for ids in batch_plan({k: need[pairs.pairs[job[0]].id] for k, job in group.items()}, batch_size)]
 
-# %% ../nbs/34b_reference.ipynb #99af1593
+# %% ../nbs/34b_reference.ipynb #21e3da95
 @contextmanager
 def _as_reference(model):
     "The base model: adapter off, dropout off, no gradients; afterwards everything is as before."
@@ -153,9 +156,9 @@ def _as_reference(model):
     finally:
         for m, mode in modes: m.training = mode
 
-def _score(model, processor, batch, view, rule, layout, limit):
+def _score(model, processor, batch, pairs, view, rule, layout, limit):
     "One forward: key -> (log-prob, tokens)."
-    pairs, names = [p for p,*_ in batch], batch[0][1]
+    pairs, names = [pairs[i] for i,*_ in batch], batch[0][1]
     rows = dict(flat=flat_rows, shared=shared_rows)[layout](pairs, processor, view, names, [p.retrieved_image for p in pairs], limit)
     if layout=="shared": share_prefixes(_bare(model))
     rows = {k: v.to(_bare(model).device) if torch.is_tensor(v) else v for k,v in rows.items()}
@@ -164,10 +167,10 @@ def _score(model, processor, batch, view, rule, layout, limit):
     if odd: raise ValueError(f"the reference gives no finite log-prob to {', '.join(odd)}; look at these records, or use another number format")
     return {own[s]: (logps[s][i], tokens[s][i]) for i, (_, _, own) in enumerate(batch) for s in names}
 
-# %% ../nbs/34b_reference.ipynb #0a761cfb
-def _recheck(store, jobs, plan, score):
+# %% ../nbs/34b_reference.ipynb #9dcdb564
+def _recheck(store, pairs, jobs, plan, score):
     "Score stored rows again: (how many, the largest difference in nats); refused if one is too large."
-    names, bad, done, worst = {own[s]: f"record {p.id}, stream {s!r}" for p, streams, own in jobs for s in streams}, [], 0, 0.
+    names, bad, done, worst = {own[s]: f"record {pairs.pairs[i].id}, stream {s!r}" for i, streams, own in jobs for s in streams}, [], 0, 0.
     for batch in plan(jobs):
         for k, (logp, tokens) in score(batch).items():
             old, counted = store.get(k); off = abs(old-logp); done += 1; worst = max(worst, off)
@@ -177,13 +180,13 @@ def _recheck(store, jobs, plan, score):
                                     f"({'; '.join(bad)}); remove the file and score anew")
     return done, worst
 
-# %% ../nbs/34b_reference.ipynb #ff1c70fa
+# %% ../nbs/34b_reference.ipynb #7089d952
 def _fill(store, pairs, keys, shard, plan, score, progress):
     "Score what is missing and this worker's; one line per batch. Returns how many."
     asked, (i, n) = [k for own in keys for k in own.values()], shard or (0, 1)
     if not store.missing(asked): return 0
     with store.writing():
-        jobs = [j for j in _jobs(pairs, keys, store.missing(asked)) if int(next(iter(j[2].values()))[:8], 16)%n==i]
+        jobs = [j for j in _jobs(keys, store.missing(asked)) if int(next(iter(j[2].values()))[:8], 16)%n==i]
         total, before = sum(len(names) for _, names, _ in jobs), len(store)
         bar = progress(total, 0, "reference") if progress else None
         for batch in plan(jobs):
@@ -199,7 +202,7 @@ def _check(model, processor, store, rule, layout):
         if value not in allowed: raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(allowed)}")
     store.match(fingerprint(model, processor, rule, layout))
 
-# %% ../nbs/34b_reference.ipynb #02affe11
+# %% ../nbs/34b_reference.ipynb #02e56a30
 def score_reference(
     model,             # image-text-to-text model; an adapter of peft is switched off meanwhile
     processor,         # of the model
@@ -220,18 +223,18 @@ def score_reference(
     "Score once what is missing; resumes, and refuses what does not fit."
     _check(model, processor, store, rule, layout)
     model, limit = getattr(model, "module", model), max_length or context_length(_bare(model))
-    pairs = _with_second(pairs, streams, view, second, seed); keys = stream_keys(pairs, streams, rule)
+    pairs = _Seconds(pairs, streams, view, second, seed); keys = stream_keys(pairs, streams, rule)
     asked = sorted({k for own in keys for k in own.values()})
-    def plan(jobs): return _batches(jobs, model, processor, batch_size, layout, limit)
-    def score(batch): return _score(model, processor, batch, view, rule, layout, limit)
+    def plan(jobs): return _batches(jobs, pairs, model, processor, batch_size, layout, limit)
+    def score(batch): return _score(model, processor, batch, pairs, view, rule, layout, limit)
     with _as_reference(model):
         held = [k for k in asked if k in store.rows]; again = random.Random(seed).sample(held, min(recheck, len(held)))
-        rechecked, worst = _recheck(store, _jobs(pairs, keys, again), plan, score)
+        rechecked, worst = _recheck(store, pairs, _jobs(keys, again), plan, score)
         scored = _fill(store, pairs, keys, shard or store.shard, plan, score, progress)
     left = len(store.missing(asked))
     return dict(scored=scored, reused=len(asked)-scored-left, rechecked=rechecked, worst=worst, left=left)
 
-# %% ../nbs/34b_reference.ipynb #876f25d7
+# %% ../nbs/34b_reference.ipynb #3ea430c4
 def reference_logps(
     pairs:list,        # of `PreferencePair`s
     store:ReferenceStore, # in which they are, see `score_reference`
@@ -242,9 +245,9 @@ def reference_logps(
 )->dict: # stream -> `[pairs]` float64, nats
     "log pi_0 of every pair, in their order."
     if store.fingerprint is None: raise ValueError("the store is empty; call score_reference first")
-    pairs = _with_second(pairs, streams, view, second, seed)
+    pairs = _Seconds(pairs, streams, view, second, seed)
     keys = stream_keys(pairs, streams, store.fingerprint["rule"])
-    gone = [(p.id, s) for p, own in zip(pairs, keys) for s, k in own.items() if k not in store.rows]
+    gone = [(p.id, s) for p, own in zip(pairs.pairs, keys) for s, k in own.items() if k not in store.rows]
     if gone: raise ValueError(f"{len(gone)} of {len(pairs)*len(streams)} log-probs are not stored, first record {gone[0][0]}, stream "
                               f"{gone[0][1]!r}; call score_reference with these pairs, streams and pictures")
     return {s: torch.tensor([store.get(own[s])[0] for own in keys], dtype=torch.float64) for s in streams}

@@ -3,6 +3,8 @@
     python tests/scale_worker.py JOB.json      {"out": folder, "cases": {name: settings of `train`}}
 """
 import json, os, signal, sys, warnings
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -19,10 +21,10 @@ from realign_nb.tinyvlm import build
 from realign_nb.trainer import RDPOConfig, make_trainer
 from realign_nb.world import DESCRIBE, caption, draw, make_scenes, question
 
-RECIPES = Path(realign_nb.__file__).parent/"recipes"/"accelerate"
+RECIPES, built = Path(realign_nb.__file__).parent/"recipes"/"accelerate", lru_cache(build)
 
 
-def make_pairs(n=16):
+def make_pairs(n=8):
     "Captions and yes/no questions in turn, so that every batch is ragged"
     rng, scenes = np.random.default_rng(0), make_scenes(n, "train", seed=5)
     pictures, texts = [draw(s) for s in scenes], [caption(s, rng) for s in scenes]
@@ -56,11 +58,11 @@ def shard_on_cpu():
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def ready(folder, pairs=16, noise=.1, kill=None, dtype="float32", fsdp=False, **kw):
+def ready(folder, pairs=8, noise=.1, kill=None, dtype="float32", fsdp=False, **kw):
     "A trainer on a fresh base; `noise` replaces the zeros of LoRA B and moves the projector's copy"
-    pairs, (model, processor) = make_pairs(pairs), build(seed=0)
+    pairs, (model, processor) = make_pairs(pairs), deepcopy(built(seed=0))
     config = {**dict(projector="full", lora_r=4, lora_alpha=8, learning_rate=1e-3, projector_learning_rate=1e-3, warmup_steps=0, logging_steps=1,
-                     per_device_train_batch_size=8, gradient_accumulation_steps=1, max_steps=2, save_strategy="no", disable_tqdm=True), **kw}
+                     per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=2, save_strategy="no", disable_tqdm=True), **kw}
     config = RDPOConfig(output_dir=str(folder), use_cpu=True, **config)
     if fsdp: shard_on_cpu()
     set_seed(0)
@@ -80,13 +82,16 @@ def adapter(t):
 
 
 def train(folder, resume=None, evaluate=0, **kw):
-    "One training: (what it logged, the adapter)"
+    "One training: (what it told, the adapter)"
     t = ready(folder, **kw)
+    before = adapter(t)
     t.train(resume_from_checkpoint=resume)
-    log = [{k: x[k] for k in ("loss", "grad_norm", "rewards/margins", "learning_rate")} for x in t.state.log_history if "loss" in x]
-    scored = t.evaluate(t.train_dataset.select(range(evaluate))) if evaluate else {}
-    return dict(log=log, seen=t.data_collator.seen, wrapped=type(t.model_wrapped).__name__, ranks=t.accelerator.num_processes,
-                layout=t.args.layout, eval_loss=scored.get("eval_loss")), adapter(t)
+    after, names = adapter(t), ("loss", "grad_norm", "rewards/margins", "learning_rate")
+    told = dict(log=[{k: x[k] for k in names} for x in t.state.log_history if "loss" in x], seen=t.data_collator.seen[:],
+                moved=max((after[k]-v).abs().max().item() for k, v in before.items()), ranks=t.accelerator.num_processes,
+                layout=t.args.layout, wrapped=type(t.model_wrapped).__name__)
+    if evaluate: told["eval_loss"] = t.evaluate(t.train_dataset.select(range(evaluate)))["eval_loss"]
+    return told, after
 
 
 if __name__=="__main__":

@@ -10,7 +10,7 @@ from realign_nb.core import PreferencePair
 from realign_nb.dpo import streams
 from realign_nb.rdpo import VIEWS
 from realign_nb.reference import ReferenceMismatch, ReferenceStore, fingerprint, reference_logps, row_key, score_reference, weight_hash
-from realign_nb.rows import TooLong, branch_logps, flat_rows
+from realign_nb.rows import TooLong, branch_logps, flat_rows, needed_lengths
 from realign_nb.tinyvlm import build
 from realign_nb.world import DESCRIBE, KINDS, caption, draw, make_scenes, question
 
@@ -47,10 +47,10 @@ def adapted(r=2, noise=.1, model=MODEL, **kw):
 
 
 class Counted:
-    "Counts the sequences (segments in packed rows) that go through a model"
-    def __init__(self, model): self.model, self.n = model, 0
+    "Counts the sequences (segments in packed rows) that go through a model; notes the width of each batch"
+    def __init__(self, model): self.model, self.n, self.widths = model, 0, []
     def __enter__(self):
-        def count(module, args, kwargs): self.n += kwargs["pixel_values"].shape[0]
+        def count(module, args, kwargs): self.n += kwargs["pixel_values"].shape[0]; self.widths.append(kwargs["input_ids"].shape[1])
         self.handle = self.model.register_forward_pre_hook(count, with_kwargs=True)
         return self
     def __exit__(self, *args): self.handle.remove()
@@ -142,6 +142,11 @@ def test_sweep_asks_for_what_is_missing(scored, tmp_path):
     assert score(ReferenceStore(file), recheck=5)["rechecked"]==5
 
 
+def test_batches_in_order_of_length():
+    with Counted(MODEL) as c: score(ReferenceStore())
+    assert c.widths==sorted(c.widths) and len(c.widths)==4 and c.widths[0]<c.widths[-1]
+
+
 def test_each_row_once():
     "Pairs that share prompt, image and answer share the number, in either layout, also where w and l, or v and v_l, are equal"
     twin, same = replace(PAIRS[1], id="twin", rejected="Something else."), replace(PAIRS[2], id="same", rejected=PAIRS[2].chosen,
@@ -205,8 +210,10 @@ def test_duplicates(scored, tmp_path):
     file = copy_of(scored, tmp_path)
     head, first, *_ = file.read_text().splitlines(keepends=True)
     sibling = tmp_path/"ref_logps-1of2.jsonl"; sibling.write_text(head+first)
-    assert len(ReferenceStore(file))==30
+    (tmp_path/"ref_logps-notes-1of2.jsonl").write_text("a name that merely looks alike")
+    store = ReferenceStore(file); assert len(store)==30
     key, logp, tokens = json.loads(first)["rows"][0]
+    store.append({key: (logp, tokens)}); assert file.read_bytes()==scored.read_bytes()
     for row in ([key, logp-.1, tokens], [key, logp, tokens+1]):
         sibling.write_text(head+json.dumps(dict(rows=[row]))+"\n")
         with pytest.raises(ReferenceMismatch, match=r"ref_logps-1of2.jsonl, line 2: .* elsewhere .*score into another file"): ReferenceStore(file)
@@ -328,7 +335,8 @@ def test_tampered_number_is_found(scored, tmp_path):
 def test_bad_records_are_named_and_nothing_is_written(tmp_path):
     store = ReferenceStore(tmp_path/"r.jsonl")
     with Counted(MODEL) as c:
-        with pytest.raises(TooLong, match=r"record p\d\d needs \d+ tokens, the model holds 60"): score(store, max_length=60)
+        longest = max(needed_lengths(PAIRS, PROCESSOR).values())                # only one record is too long, and it would come last
+        with pytest.raises(TooLong, match=rf"record p\d\d needs {longest} tokens, the model holds {longest-1}"): score(store, max_length=longest-1)
         assert c.n==0
         with pytest.raises(ValueError, match="record p03: its rejected response is empty"): score(store, [replace(PAIRS[3], rejected=" ")])
         with pytest.raises(ValueError, match="rule='top1' is unknown; use one of label, top1_nonlabel"): score(ReferenceStore(), rule="top1")
