@@ -6,8 +6,10 @@
 Random LLaVA, LoRA with random A and B on the language model only, AdamW, clipped gradients, the same pairs in every step. On the CPU: float32, one thread,
 two pairs a step; each variant runs in a process of its own and takes one step to warm up, then the median of the next counts. Times are processor
 seconds of forward, backward and optimizer; making the rows is timed on its own. Memory is what the steps add to the process at their highest (VmHWM of
-Linux, reset when the model and the rows are there). FLOPs are those of the matrix products and of attention, two per multiply-add; attention under a
-causal mask is counted in full, as is usual, and its backward as five products. A token counts each time it enters the language model, padding too.
+Linux, reset when the model and the rows are there): as it is, and in a second process in which every tensor has a mapping of its own and is given back at
+once (MALLOC_MMAP_THRESHOLD_), which leaves out the holes in the heap, about half of the former. FLOPs are those of the matrix products and of
+attention, two per multiply-add; attention under a causal mask is counted in full, as is usual, and its backward as five products. A token counts each
+time it enters the language model, padding too.
 
 released style      the authors' program in cost: a forward per branch, policy and reference, all logits with log_softmax, each image encoded twice per
                     forward. In value it is scored by the label rule here, and it is spared the cross-entropy that the original computes and drops.
@@ -39,6 +41,7 @@ from transformers import (AutoModelForImageTextToText, CLIPImageProcessorPil, CL
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from realign_nb.adapters import lora_config
+from realign_nb.attention import share_prefixes
 from realign_nb.core import PreferencePair
 from realign_nb.models import chat_text, vision_tower
 from realign_nb.reference import fingerprint, score_reference
@@ -49,7 +52,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "n
 PATCH, BETA, RATE, SEED, PAIRS_OF_THE_PAPER = 14, .1, 1e-4, 0, 11_000
 # layers, hidden size, feed-forward, heads, vocabulary; the same of the tower, side of the picture; prompt, response; LoRA rank. `tiles`: any-resolution
 TOWER = dict(tower=24, tower_hidden=1024, tower_ff=4096, tower_heads=16, side=336)
-VICUNA = dict(layers=32, hidden=4096, ff=11008, heads=16*2, vocabulary=32000, **TOWER, prompt=40, response=100, rank=128)
+VICUNA = dict(layers=32, hidden=4096, ff=11008, heads=32, vocabulary=32000, **TOWER, prompt=40, response=100, rank=128)
 GEOMETRY = {
     "smoke": dict(layers=2, hidden=32, ff=64, heads=4, vocabulary=128, tower=2, tower_hidden=32, tower_ff=64, tower_heads=4, side=28, prompt=8, response=6, rank=4),
     "A": dict(layers=6, hidden=256, ff=688, heads=4, vocabulary=32000, tower=4, tower_hidden=128, tower_ff=512, tower_heads=4, side=140, prompt=24, response=40, rank=16),
@@ -273,19 +276,19 @@ def prepared(name, g, n_pairs, device):
     return model, lambda: to(collate(), device), step, gradients
 
 
-def scoring(g, n_pairs, device, steps):
+def scoring(g, n_pairs, device, steps, lean=False):
     "The reference, stored: as `measure`, for as many pairs; what is done once per run, hashing the weights above all, is timed on its own."
     model, processor = build(g, device, torch.float32 if device=="cpu" else torch.bfloat16)
     pairs, meter, seconds, starting = make_pairs(g, n_pairs), Meter(device), [], []
-    identity = fingerprint(model, processor, "label", "shared")
+    identity = fingerprint(share_prefixes(model), processor, "label", "shared")
     def run(store): score_reference(model, processor, pairs, store, ("w", "l", "w@retrieved"), layout="shared", batch_size=n_pairs, recheck=0)
     meter.reset()
     for _ in range(steps+1):
         store, times = ReferenceStore(None, identity), [meter.clock()]
         for _ in range(2): run(store); times.append(meter.clock())                     # the second time nothing is left to score
         starting.append(times[2]-times[1]); seconds.append(times[1]-times[0]-starting[-1])
-    return dict(seconds=seconds[steps>0:], start_seconds=statistics.median(starting), **meter.peak(),
-                **counted(model, lambda: run(ReferenceStore(None, identity))))
+    return dict(seconds=seconds[steps>0:], start_seconds=statistics.median(starting), pairs=n_pairs, **meter.peak(),
+                **({} if lean else counted(model, lambda: run(ReferenceStore(None, identity)))))
 
 
 def compact(g, tokens, n_pairs, rows):
@@ -294,9 +297,9 @@ def compact(g, tokens, n_pairs, rows):
     return 4*2*g["hidden"]*g["vocabulary"]*unlabelled/1e9
 
 
-def measure(name, g, n_pairs=2, steps=5, device="cpu"):
-    "Loss and gradient norm of the first step, seconds of the next ones, memory of all, and the FLOPs of one more."
-    if name==SCORING: return scoring(g, n_pairs, device, steps)
+def measure(name, g, n_pairs=2, steps=5, device="cpu", lean=False):
+    "Loss and gradient norm of the first step, seconds of the next ones, memory of all, and (unless `lean`) the FLOPs of one more."
+    if name==SCORING: return scoring(g, n_pairs*(1 if device=="cpu" else 4), device, steps, lean)
     model, collate, step, gradients = prepared(name, g, n_pairs, device)
     meter, seconds, making = Meter(device), [], []
     rows = collate(); meter.reset()
@@ -304,23 +307,23 @@ def measure(name, g, n_pairs=2, steps=5, device="cpu"):
         start = time.process_time(); rows = collate(); making.append(time.process_time()-start)
         start = meter.clock(); value, norm = step(rows); seconds.append(meter.clock()-start)
         if i==0: first = dict(loss=value, gradient_norm=norm)
-    out = dict(first, seconds=seconds[steps>0:], rows_seconds=statistics.median(making[steps>0:]), **meter.peak())
-    if device=="cpu": out |= counted(model, lambda: gradients(rows))
-    if device=="cpu" and name.startswith("TRL"):
+    out = dict(first, seconds=seconds[steps>0:], rows_seconds=statistics.median(making[steps>0:]), pairs=n_pairs, **meter.peak())
+    if lean or device!="cpu": return out
+    out |= counted(model, lambda: gradients(rows))
+    if name.startswith("TRL"):
         out["gflop_compact"] = out["gflop"]-compact(g, out["tokens"], n_pairs, n_pairs*(4 if "exact" in name else 2))
     return out
 
 
 def extrapolated(name, g, n_pairs, device):
     "FLOPs and tokens of a step without recomputation, from two and three layers: beyond the first, each layer costs the same."
-    plain, found = name.removesuffix(", checkpointing"), []
+    found = []
     for layers in (2, 3):
-        if plain==SCORING: found.append(scoring(dict(g, layers=layers), n_pairs, device, 0))
-        else:
-            model, collate, _, gradients = prepared(plain, dict(g, layers=layers), n_pairs, device)
-            found.append(counted(model, lambda: gradients(collate())))
-    gflop = {k: found[0][k]+(g["layers"]-2)*(found[1][k]-found[0][k]) for k in ("gflop", "gflop_attention")}
-    return dict(found[0], **gflop)
+        model, collate, _, gradients = prepared(name.removesuffix(", checkpointing"), dict(g, layers=layers), n_pairs, device)
+        found.append(counted(model, lambda: gradients(collate())))
+        del model, collate, gradients; gc.collect()
+        if device!="cpu": torch.cuda.empty_cache()
+    return dict(found[0], **{k: found[0][k]+(g["layers"]-2)*(found[1][k]-found[0][k]) for k in ("gflop", "gflop_attention")})
 
 
 def matmul_rate(seconds=2., n=8192):
@@ -342,15 +345,17 @@ def child(a):
     torch.set_num_threads(1 if a.device=="cpu" else os.cpu_count())
     g = GEOMETRY[a.geometry[0]]
     try:
-        out = {} if a.device=="cpu" else extrapolated(a.child, g, a.pairs, a.device)
-        out = measure(a.child, g, a.pairs, a.steps, a.device) | out
+        out = {} if a.device=="cpu" or a.child==SCORING else extrapolated(a.child, g, a.pairs, a.device)
+        out |= measure(a.child, g, a.pairs, a.steps, a.device, a.lean)
     except torch.cuda.OutOfMemoryError as e: out = dict(error=f"out of memory: {str(e).splitlines()[0]}")
     print("\n"+json.dumps(out))
 
 
-def run_child(name, geometry, a):
-    command = [sys.executable, __file__, "--child", name, "--geometry", geometry, "--device", a.device, "--steps", str(a.steps), "--pairs", str(a.pairs)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+def run_child(name, geometry, a, lean=False):
+    "What the variant measures in a process of its own; `lean`: its memory without holes in the heap."
+    command = [sys.executable, __file__, "--child", name, "--geometry", geometry, "--device", a.device, "--steps", str(1 if lean else a.steps), "--pairs", str(a.pairs)]
+    environment = dict(os.environ, MALLOC_MMAP_THRESHOLD_="65536") if lean else None
+    done = subprocess.run(command+["--lean"]*lean, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode: raise SystemExit(f"the variant {name!r} broke off; its error stands above")
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -364,15 +369,18 @@ def agree(found):
             assert abs(v[key]-expected[key])<=tolerance*abs(expected[key]), f"{name}: {key} {v[key]} against {expected[key]}"
 
 
-def summary(found, n_pairs):
-    "Medians, and ratios to the released style where it was run."
-    for v in found.values():
-        times = v.pop("seconds")
-        v |= dict(seconds=round(statistics.median(times), 4), fastest=round(min(times), 4), slowest=round(max(times), 4), encodings_per_pair=v.pop("encodings")/n_pairs)
+def condensed(v):
+    "Median, fastest and slowest in the place of all seconds; figures rounded."
+    times = v.pop("seconds")
+    v |= dict(seconds=statistics.median(times), fastest=min(times), slowest=max(times), encodings_per_pair=v.pop("encodings")/v["pairs"])
+    return {k: round(x, 7 if k in ("loss", "gradient_norm") else 4) if isinstance(x, float) else x for k, x in v.items()}
+
+
+def ratios(found):
+    "Each variant against the released style, where that was run."
     base = found.get("released style")
     for v in found.values():
-        for key in ("gflop", "gflop_attention", "gflop_compact", "rows_seconds"): v |= {key: round(v[key], 4)} if key in v else {}
-        if base: v["ratio"] = {key: round(v[key]/base[key], 3) for key in ("gflop", "tokens", "seconds", "extra_mib")}
+        if base: v["ratio"] = {k: round(v[k]/base[k], 3) for k in ("gflop", "tokens", "seconds", "extra_mib", "live_mib") if base.get(k)}
 
 
 def limits(found):
@@ -384,12 +392,12 @@ def limits(found):
 
 
 def table(found):
-    "The figures as lines of text."
-    lines = [f"{'':36}{'GFLOP':>8}{'ratio':>7}{'tokens':>8}{'enc.':>6}{'CPU s':>8}{'fastest-slowest':>17}{'ratio':>7}{'MiB':>7}{'ratio':>7}{'loss':>10}{'|grad|':>10}"]
+    "The figures as lines of text; ratios to the released style behind them."
+    def part(v, key, form): return f"{v[key]:{form}} {v.get('ratio', {}).get(key, np.nan):5.3f}"
+    lines = [f"{'':36}{'GFLOP':>8} {'':5}{'tokens':>8} {'':5}{'enc.':>6}{'CPU s':>8} {'':5}{'from-to':>14}{'MiB':>7} {'':5}{'live':>7} {'':5}{'loss':>9}{'|grad|':>10}"]
     for name, v in found.items():
-        r = v.get("ratio", dict(gflop=np.nan, seconds=np.nan, extra_mib=np.nan))
-        lines.append(f"{name:36}{v['gflop']:8.1f}{r['gflop']:7.3f}{v['tokens']:8}{v['encodings_per_pair']:6.1f}{v['seconds']:8.2f}{v['fastest']:10.2f}-{v['slowest']:<6.2f}"
-                     f"{r['seconds']:7.3f}{v['extra_mib']:7}{r['extra_mib']:7.3f}" + (f"{v['loss']:10.5f}{v['gradient_norm']:10.5f}" if "loss" in v else ""))
+        lines.append(f"{name:36}{part(v, 'gflop', '8.4g')}{part(v, 'tokens', '8')}{v['encodings_per_pair']:6.0f}{part(v, 'seconds', '8.2f')}{v['fastest']:8.2f}-{v['slowest']:<5.2f}"
+                     f"{part(v, 'extra_mib', '7')}{part(v, 'live_mib', '7')}" + (f"{v['loss']:9.5f}{v['gradient_norm']:10.5f}" if "loss" in v else ""))
     return "\n".join(lines)
 
 
@@ -397,9 +405,9 @@ def on_cpu(a):
     "All variants of one geometry, in turn."
     found = {}
     for name in a.only or [*(k for k in VARIANTS if k not in CUDA_ONLY), SCORING]:
-        found[name] = run_child(name, a.geometry[0], a)
-        print(f"{name}: {statistics.median(found[name]['seconds']):.2f} s", flush=True)
-    agree(found); summary(found, a.pairs)
+        found[name] = condensed(run_child(name, a.geometry[0], a)) | dict(live_mib=run_child(name, a.geometry[0], a, lean=True)["extra_mib"])
+        print(f"{name}: {found[name]['seconds']:.2f} s", flush=True)
+    agree(found); ratios(found)
     return found
 
 
@@ -410,16 +418,17 @@ CUDA_ONLY = {"TRL, exact rDPO, checkpointing", "ours, flat, stored, checkpointin
 def on_cuda(a, geometry, rate):
     "Pairs and tokens a second, utilisation and hours of one geometry on the GPU."
     found = {name: run_child(name, geometry, a) for name in a.only or [*CUDA, SCORING]}
+    found = {name: v if "error" in v else condensed(v) for name, v in found.items()}
     for v in found.values():
-        if "error" in v: continue
-        s = statistics.median(v["seconds"])
-        v |= dict(pairs_per_s=a.pairs/s, tokens_per_s=v["tokens"]/s, utilisation=v["gflop"]/1e3/s/rate, hours=PAIRS_OF_THE_PAPER/a.pairs*s/3600)
+        if "error" not in v:
+            s = v["seconds"]
+            v |= dict(pairs_per_s=v["pairs"]/s, tokens_per_s=v["tokens"]/s, utilisation=v["gflop"]/1e3/s/rate, hours=PAIRS_OF_THE_PAPER/v["pairs"]*s/3600)
     scored = found.get(SCORING, {}).get("hours")
     for name, v in found.items():
         if "error" in v: print(f"{name:36}{v['error']}"); continue
         if ", stored" in name and scored is not None: v["hours_with_scoring"] = v["hours"]+scored
         print(f"{name:36}{v['pairs_per_s']:8.2f} pairs/s{v['tokens_per_s']:10.0f} tokens/s{100*v['utilisation']:7.1f} % of {rate:.0f} TFLOP/s{v['peak_mib']/1024:8.1f} GiB"
-              f"{v['hours']:7.2f} h for {PAIRS_OF_THE_PAPER} pairs" + (f", {v['hours_with_scoring']:.2f} h with scoring" if "hours_with_scoring" in v else ""))
+              f"{v['hours']:7.2f} h for {PAIRS_OF_THE_PAPER} pairs" + (f", {v['hours_with_scoring']:.2f} h with scoring" if "hours_with_scoring" in v else ""), flush=True)
     return found
 
 
@@ -432,10 +441,10 @@ def machine():
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--geometry", nargs="+", choices=GEOMETRY, help="default B on the CPU; both 7B shapes on CUDA")
+    p.add_argument("--geometry", nargs="+", choices=GEOMETRY, metavar="NAME", help=f"of {', '.join(GEOMETRY)}; default B on the CPU, both 7B shapes on CUDA")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cpu"); p.add_argument("--steps", type=int, default=5, help="timed steps")
-    p.add_argument("--pairs", type=int, default=2, help="in a step"); p.add_argument("--only", nargs="+", choices=[*VARIANTS, SCORING], help="variants to run")
-    p.add_argument("--out", type=Path); p.add_argument("--child", help=argparse.SUPPRESS)
+    p.add_argument("--pairs", type=int, default=2, help="in a step"); p.add_argument("--only", nargs="+", choices=[*VARIANTS, SCORING], metavar="NAME", help="variants to run")
+    p.add_argument("--out", type=Path); p.add_argument("--child", help=argparse.SUPPRESS); p.add_argument("--lean", action="store_true", help=argparse.SUPPRESS)
     a = p.parse_args(argv)
     if a.device=="cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here: --device cuda needs one (80 GB of memory or more for the 7B shapes). Not measured without it: pairs and tokens "

@@ -164,9 +164,9 @@ def check_finite(
     raise ValueError(f"record {', '.join(ids[i] for i in bad)}: loss {values[bad[0]].item()} from log-probs {scores}; "
                      "look at its images and texts, lower the learning rate, or leave it out")
 
-# %% ../nbs/35_trainer.ipynb #38f8a891
+# %% ../nbs/35_trainer.ipynb #dc21c54a
 def store_reference(
-    model,                  # base model, without adapter
+    model,                  # base model; an adapter is switched off meanwhile
     collator:PairCollator,  # of the training; gets the log-probs
     config:RDPOConfig       # layout settled
 )->dict: # counts, as `score_reference` tells them
@@ -211,7 +211,7 @@ class RDPOTrainer(DPOTrainer):
             self.optimizer = kind(parameter_groups(model, self.args, set(self.get_decay_parameter_names(model))), **options)
         return self.optimizer
 
-# %% ../nbs/35_trainer.ipynb #af1c80e9
+# %% ../nbs/35_trainer.ipynb #c1e3261b
 def make_trainer(
     model,             # image-text-to-text model without adapter; it gets one in place, so load it anew for another run
     processor,         # of the model
@@ -229,14 +229,14 @@ def make_trainer(
     adapter = lora_config(model, config.lora_r, config.lora_alpha, config.projector, config.lora_targets)
     if config.layout=="shared": share_prefixes(model)
     collator = PairCollator(pairs, processor, config, limit)
-    stored = config.reference=="stored" and config.objective not in REFERENCE_FREE
-    told = store_reference(model.eval(), collator, config) if stored else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated") # peft asks transformers by its old name
         trainer = RDPOTrainer(model=model, args=config, train_dataset=pair_dataset(pairs), processing_class=processor,
                               data_collator=collator, peft_config=adapter, **kw)
     settle_adapter(trainer.model, bool(config.bf16))
-    trainer.layout_reason, trainer.reference_told = why, told
+    parameter_groups(trainer.model, config)                                                # an empty group is an error now, not later
+    stored = config.reference=="stored" and config.objective not in REFERENCE_FREE
+    trainer.layout_reason, trainer.reference_told = why, store_reference(trainer.model, collator, config) if stored else None
     return trainer
 
 # %% ../nbs/35_trainer.ipynb #28c7deee

@@ -9,7 +9,6 @@ import pytest
 import torch
 import trl
 from peft import get_peft_model
-from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, Idefics3Config, Idefics3ForConditionalGeneration,
                           Idefics3ImageProcessorPil, Idefics3Processor, JanusConfig, JanusForConditionalGeneration,
@@ -29,6 +28,9 @@ from realign_nb.rows import branch_logps, encode_prompts, flat_rows, response_id
 from realign_nb.tinyvlm import build, tiny_vlm
 from realign_nb.trainer import RDPOConfig, make_trainer
 from realign_nb.world import DESCRIBE, caption, draw, make_scenes
+from test_rows import PAIRS, picture
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 torch.set_num_threads(1)
 SIZE, PATCH, GRID = 28, 14, 4
@@ -151,19 +153,6 @@ def base(family):
         for name, p in model.named_parameters():
             if p.ndim>1 and "vqmodel" not in name: p.mul_(2.)
     return model.eval(), processor
-
-
-# ---- pairs: prompts, responses and pictures all differ in length and size
-
-def picture(i):
-    gen = torch.Generator().manual_seed(i)
-    pixels = torch.randint(0, 256, (6, 6, 3), generator=gen, dtype=torch.uint8).numpy()
-    return Image.fromarray(pixels).resize([(60, 30), (30, 60), (56, 56), (40, 28), (28, 64)][i%5], Image.NEAREST)
-
-
-TEXTS = [("What is it?", "A dog on a red sofa.", "A cat."), ("Count.", "Two.", "There are seven of them here."),
-         ("Describe the picture in a word.", "Street", "Stream"), ("Is there a bus?", "No, there is none at all.", "Yes, a bus.")]
-PAIRS = [PreferencePair(f"p{i}", x, picture(i), picture(i+1), w, l, "[MASK]") for i, (x, w, l) in enumerate(TEXTS)]
 
 
 def words(text): return [dict(type="text", text=text)]
