@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COLORS', 'ARMS', 'arm_name', 'style', 'new_axes', 'reward_curves', 'loss_curves', 'saturation_curves',
            'similarity_histogram', 'strip', 'Html', 'gallery', 'write_words', 'pair_figure', 'forest', 'scale_axes',
-           'radar', 'figure_html']
+           'method_colors', 'radar', 'radars', 'gain_curve', 'figure_html']
 
 # %% ../nbs/10_intro.ipynb #6518d8ca
 import base64, io
@@ -205,24 +205,71 @@ def scale_axes(
             out[m][axis] = float(1-x if axis in lower and hi!=lo else x)
     return out
 
-# %% ../nbs/10_intro.ipynb #b7757d6c
+# %% ../nbs/10_intro.ipynb #ddefc952
+def method_colors(
+    methods # names in order; the first is the reference, the last is ours
+)->dict: # name -> (colour, marker)
+    "The look of every method: grey for the first, blue for the last, the others in between."
+    names = list(methods); between = [COLORS[k] for k in ("rejected", "third", "fourth", "sixth", "fifth")]
+    first, last = (COLORS["reference"], "o"), (COLORS["chosen"], "D")
+    return {m: first if i==0 else last if i==len(names)-1 else (between[(i-1)%5], "s^vPX"[(i-1)%5]) for i,m in enumerate(names)}
+
+# %% ../nbs/10_intro.ipynb #d37a13fa
 def radar(
     table,            # method -> {axis: value}, or a DataFrame with one row per method
     lower=(),         # axes on which lower is better
     scaled:bool=True, # min-max per axis as in Figure 1; False draws the values themselves from 0 to 100
     title:str="",     # of the picture
-    ax=None           # polar `Axes`; None makes one
+    ax=None,          # polar `Axes`; None makes one
+    top=None,         # axis -> value at the rim, where the values themselves are drawn and it is not 100
+    colors=None       # method -> (colour, marker); None counts from grey to blue
 ): # the `Axes`
     "One closed line per method; `scaled` exaggerates small gaps, so draw its twin too."
-    rows = scale_axes(table, lower) if scaled else {m: {k: v/100 for k,v in r.items()} for m,r in (table.iterrows() if hasattr(table, "iterrows") else table.items())}
+    rows = scale_axes(table, lower) if scaled else {m: {k: v/(top or {}).get(k, 100) for k,v in r.items()} for m,r in (table.iterrows() if hasattr(table, "iterrows") else table.items())}
     ax = ax or new_axes(width=3.4, height=3.2, subplot_kw=dict(projection="polar"))[0]
-    names, palette = list(next(iter(rows.values()))), [c for c in COLORS.values() if c not in (COLORS["chosen"], COLORS["reference"])]
+    names, look = list(next(iter(rows.values()))), colors or method_colors(rows)
     angles = [6.283185307*i/len(names) for i in range(len(names)+1)]
     for i, (method, r) in enumerate(rows.items()):
-        color = COLORS["reference"] if i==0 else COLORS["chosen"] if i==len(rows)-1 else palette[(i-1)%len(palette)]
-        ax.plot(angles, [r[n] for n in [*names, names[0]]], color=color, label=method, lw=2 if i==len(rows)-1 else 1.2)
+        color, marker = look[method]; last = i==len(rows)-1
+        ax.plot(angles, [r[n] for n in [*names, names[0]]], color=color, marker=marker, ms=3.2, label=method, lw=2 if last else 1.2, clip_on=False, zorder=3+last)
     ax.set_theta_zero_location("N"); ax.set_theta_direction(-1); ax.set_title(title, size=9, pad=14)
     ax.set_xticks(angles[:-1], names, size=7); ax.set_ylim(0, 1); ax.set_yticks([.5, 1], ["", ""])
+    for a, label in zip(angles, ax.get_xticklabels()): label.set_horizontalalignment("center" if a%3.1416<.1 else "left" if a<3.1 else "right")
+    return ax
+
+# %% ../nbs/10_intro.ipynb #fb4459ad
+def radars(
+    panels:dict,      # title -> table, as for `radar`
+    lower=(),         # axes on which lower is better
+    scaled:bool=True, # as for `radar`
+    top=None,         # as for `radar`
+    columns:int=2     # panels beside each other
+): # matplotlib figure
+    "Several radars under one legend (Figure 1)."
+    import matplotlib.pyplot as plt
+    methods = list(dict.fromkeys(m for t in panels.values() for m in (t.index if hasattr(t, "index") else t)))
+    ends = list(dict.fromkeys(list(t.index if hasattr(t, "index") else t)[-1] for t in panels.values()))
+    methods = [m for m in methods if m not in ends] + ends; rows = -(-len(panels)//columns)
+    with style(): fig, axes = plt.subplots(rows, columns, figsize=(3.15*columns, 2.7*rows+.35), layout="constrained", squeeze=False, subplot_kw=dict(projection="polar"))
+    for ax, (title, t) in zip(axes.flat, panels.items()): radar(t, lower, scaled, title, ax, top, method_colors(methods))
+    for ax in list(axes.flat)[len(panels):]: ax.remove()
+    seen = {n: h for ax in fig.axes for h,n in zip(*ax.get_legend_handles_labels())}
+    fig.legend([seen[m] for m in methods], methods, loc="outside lower center", ncols=min(len(methods), 6), frameon=False, fontsize=8)
+    return fig
+
+# %% ../nbs/10_intro.ipynb #9200f6a8
+def gain_curve(
+    points,            # of (number, gain) or (number, gain, lower end, upper end)
+    ax=None,           # matplotlib `Axes`; None makes one
+    title:str="",      # whose gain in what
+    xlabel:str="preference pairs", # what is counted
+    color:str="chosen" # key of `COLORS`
+): # the `Axes`
+    "Gain over the base model against the size of the preference set; intervals where they are known."
+    ax, points = ax or new_axes(width=3.2, height=2.3)[0], sorted(points)
+    ax.plot([p[0] for p in points], [p[1] for p in points], "o-", color=COLORS[color], ms=5)
+    for x, _, lo, hi in [p for p in points if len(p)==4]: ax.plot([x, x], [lo, hi], color=COLORS[color], lw=1.6, alpha=.55)
+    ax.axhline(0, color="#888888", lw=.8); ax.set(xlabel=xlabel, ylabel="gain, points"); ax.set_title(title, loc="left", size=9); ax.margins(x=.12, y=.15)
     return ax
 
 # %% ../nbs/10_intro.ipynb #22e911f1

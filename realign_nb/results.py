@@ -23,12 +23,13 @@ class EvalSettings:
     eval_seed: int = opt(0, "seed of these scenes and questions")
     n_own: int = opt(50, "images of a folder to describe before and after; nobody knows their truth, so nothing is scored")
 
-# %% ../nbs/47_results.ipynb #4cd63a16
+# %% ../nbs/47_results.ipynb #6284ca7f
 def world_items(
     s # `EvalSettings`
 )->tuple: # (POPE items, CHAIR items, {image_id: `Scene`})
     "The benchmark of the world; popular and adversarial kinds are counted on training scenes."
-    from realign_nb.bench import chair_items, pope_items
+    from realign_nb.chair import chair_items
+    from realign_nb.yes_no import pope_items
     scenes = {x.id: x for x in make_scenes(s.n_scenes, s.split, s.eval_seed)}
     truths = [dict(image_id=i, image=i, objects=x.kinds) for i,x in scenes.items()]
     stats = [x.kinds for x in make_scenes(4000, "train", 9)]
@@ -46,7 +47,7 @@ def predict(
     call = lambda xs: vlm.generate([q for q,_ in xs], [im for _,im in xs], max_new_tokens)
     return run.map(stage, asked, call, 128, lambda x: len(x[0]))
 
-# %% ../nbs/47_results.ipynb #db1a1d4e
+# %% ../nbs/47_results.ipynb #a7a3de19
 def evaluate_arm(
     path, # a run folder with pairs and, unless `arm` is "base", a trained arm
     arm:str, # key of `ARMS`, or "base" for the model before training
@@ -54,7 +55,7 @@ def evaluate_arm(
     s     # `EvalSettings`
 )->None:
     "Predictions of one arm, into eval/NAME-seedN/; what is there is not asked again."
-    from realign_nb.bench import distinct_questions
+    from realign_nb.yes_no import distinct_questions
     from realign_nb.models import load_vlm
     run, own = open_run(path), open_run(path).settings["images"]!="world"
     out = Run(arm_folder(path, "eval", arm, seed), asdict(s) | dict(arm=arm, seed=seed))
@@ -77,13 +78,14 @@ def answers_of(
     plan, *done = read_jsonl(folder/f"calls-{stage}.jsonl")
     return {i: y for line in done for i,y in zip(plan["batches"][line["batch"]], line["out"])}
 
-# %% ../nbs/47_results.ipynb #047ed3e4
+# %% ../nbs/47_results.ipynb #0c708a4e
 def score_run(
     path, # a run folder with predictions
     s     # `EvalSettings` they were made with
 )->tuple: # (scores, comparisons) as from `bench.score_arms`
     "Score every arm and seed; one line each in scores.jsonl. Needs no model."
-    from realign_nb.bench import score_arms, spread_answers
+    from realign_nb.bench import score_arms
+    from realign_nb.yes_no import spread_answers
     pope, chair, _ = world_items(s)
     predictions = {}
     for folder in finished(path, "eval"):

@@ -2,14 +2,17 @@
 import itertools
 import json
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from realign_nb.answers import mentions, plural
-from realign_nb.bench import (SPLITS, chair_items, compare, compare_seeds, data_sha256, distinct_questions, pope_items, score, score_arms,
-                              score_seeds, spread_answers)
-from realign_nb.stats import bootstrap, holm, mcnemar, swap_test, wilson
+from realign_nb.bench import compare, compare_seeds, data_sha256, score, score_arms, score_seeds
+from realign_nb.chair import chair_items
+from realign_nb.stats import LARGE, bootstrap, bootstrap_distinct, holm, mcnemar, swap_distinct, swap_test, wilson
+from realign_nb.yes_no import SPLITS, distinct_questions, pope_items, spread_answers
 
 KINDS = ["dog", "frisbee", "teddy bear", "bear", "hot dog", "bus", "mouse", "knife", "traffic light", "cup"]
 STATS = [random.Random(f"s{i}").sample(KINDS, 1 + i % 4) for i in range(200)]
@@ -224,6 +227,44 @@ def test_swap_test_equals_trying_every_swap(seed):
     assert swap_test(a, b, share)[0] == pytest.approx(min(1, 2 * min((null >= seen - 1e-12).mean(), (null <= seen + 1e-12).mean())))
 
 
+def test_large_tables_are_resampled_and_swapped_by_distinct_rows():
+    rng = np.random.default_rng(0); share = lambda s: np.stack([s[..., 0] / s[..., 1], s[..., 2] / s[..., 1]], -1)
+    few = np.stack([rng.binomial(3, .6, 2500), np.full(2500, 3), rng.binomial(3, .1, 2500)], 1).astype(float)
+    unlike = few + rng.random((2500, 1)) * [1, 0, 1]                                                   # every row is its own
+    for t in (few, unlike):
+        exact = np.sqrt(np.var(t[:, [0, 2]], 0) / 2500) / 3                                            # the units are drawn independently
+        slow, fast = bootstrap(t, share), bootstrap_distinct(t, share)
+        assert np.allclose(fast, slow, atol=.15 * exact.max()) and np.allclose(np.diff(fast), 2 * 1.96 * exact[:, None], rtol=.1)
+    big = np.tile(few, (5, 1))
+    assert len(big) > LARGE and (bootstrap(big, share) == bootstrap_distinct(big, share)).all()
+    worse = few - (rng.random(2500) < .02)[:, None] * [1, 0, -1] + (rng.random(2500) < .012)[:, None] * [1, 0, 0]
+    a, b = swap_test(few, worse, share), swap_distinct(few, worse, share)
+    assert 1e-3 < a[0] < .9 and np.allclose(a, b, atol=4 * np.sqrt(np.maximum(a, 1e-3) / 2000))
+    assert (swap_distinct(few, worse, share) == swap_distinct(worse, few, share)).all() and (swap_distinct(few, few, share) == 1).all()
+    assert (swap_test(big, np.tile(worse, (5, 1)), share) == swap_distinct(big, np.tile(worse, (5, 1)), share)).all()
+
+
+def test_hundred_thousand_predictions_are_scored_in_seconds():
+    """One process: a time limit with room for a busy machine, and the memory of the whole process."""
+    code = """if True:
+        import resource, time
+        from realign_nb.bench import score
+        items = [dict(question_id=n, image=f"{n // 6}.jpg", text="Is there a dog?", label="yes" if n % 2 else "no", category=("random", "popular")[n % 4 < 2]) for n in range(100_000)]
+        said = [dict(question_id=n, text="Yes" if n * 7919 % 10 < 6 else "No, there is none.") for n in range(100_000)]
+        start = time.process_time(); s = score("pope", items, said)
+        low, high = s["intervals"]["mean/accuracy"]
+        assert low < s["metrics"]["mean/accuracy"] < high < low + .01
+        print(time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"""
+    seconds, megabytes = map(float, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+    assert seconds < 10 and megabytes < 500, (seconds, megabytes)
+
+
+def test_the_import_is_light():
+    code = "import sys, time; t = time.perf_counter(); import realign_nb.bench; print(time.perf_counter() - t, *[m for m in ('torch', 'pandas', 'scipy', 'PIL', 'transformers') if m in sys.modules])"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(5)]
+    assert [r[1:] for r in runs] == [[]] * 5 and sorted(float(r[0]) for r in runs)[2] <= .5
+
+
 def test_comparison_is_signed_paired_and_symmetric():
     a, b = noisy(.1, 1), noisy(.4, 2)
     c, back = compare("pope", POPE, a, b), compare("pope", POPE, b, a)
@@ -232,6 +273,7 @@ def test_comparison_is_signed_paired_and_symmetric():
     assert c["intervals"]["mean/accuracy"][0] > 0 and c["p"]["mean/accuracy"] < .01
     m = c["mcnemar"]["random"]; n = sum(i["split"] == "random" for i in POPE)
     assert (m["a_only"] - m["b_only"]) / n == pytest.approx(c["difference"]["random/accuracy"])
+    assert all(c["p"][k] <= c["p_holm"][k] <= 1 for k in c["p"]) and c["p_holm"]["mean/accuracy"] == min(1, holm(list(c["p"].values()))[list(c["p"]).index("mean/accuracy")])
     none = compare("pope", POPE, a, a)
     assert set(none["difference"].values()) == {0} and set(none["p"].values()) == {1} and none["mcnemar"]["random"]["p"] == 1
 
@@ -276,8 +318,10 @@ def test_holm_and_mcnemar():
     (lambda: score("pope", POPE + POPE[:1], []), "stands twice"),
     (lambda: score("pope", [POPE[0] | dict(label="1")], []), "labels are yes and no"),
     (lambda: score("pope", POPE, [], "gpt"), "known: llava"),
-    (lambda: score("mme", POPE, []), "known: pope, chair"),
-    (lambda: score("chair", [], []), "make them with chair_items"),
+    (lambda: score("gqa", POPE, []), "known: pope, mme, hallusionbench, scienceqa, mmbench, textvqa, vizwiz, mmvet, llavabench, chair"),
+    (lambda: score("chair", [], []), "no chair items"),
+    (lambda: score("pope", POPE, truthful() + [dict(question_id=POPE[0]["question_id"], text=None)]), f"prediction {len(POPE) + 1}: 'text' is None"),
+    (lambda: score("pope", POPE, truthful() + [dict(text="Yes.")]), f"prediction {len(POPE) + 1} needs 'question_id'"),
     (lambda: pope_items(TRUTHS, []), "counted on them")])
 def test_errors_say_what_to_do(call, text):
     with pytest.raises(ValueError, match=text): call()
