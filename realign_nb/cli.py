@@ -58,7 +58,7 @@ def one_thread(): # runs in each worker
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/90_cli.ipynb #1b740de6
+# %% ../nbs/90_cli.ipynb #8d91615e
 def progress_bar(
     total:int, # of items
     done:int,  # already
@@ -66,7 +66,7 @@ def progress_bar(
 ): # a tqdm bar on stderr
     "The bar of every long stage."
     from tqdm import tqdm
-    return tqdm(total=total, initial=done, desc=name, disable=None, dynamic_ncols=True)
+    return tqdm(total=total, initial=done, desc=name, disable=os.environ.get("RANK", "0")!="0" or None, dynamic_ncols=True)
 
 # %% ../nbs/90_cli.ipynb #2aee48bd
 def do_arm(
@@ -83,7 +83,7 @@ def do_arm(
     log = read_jsonl(arm_folder(path, "arms", arm, seed)/"log.jsonl")
     return f"{arm}, seed {seed}" + (f", loss {float(log[-1]['loss']):.3f}" if log else "")
 
-# %% ../nbs/90_cli.ipynb #31ce28e5
+# %% ../nbs/90_cli.ipynb #6fe28d3f
 def do_arms(
     path:str,   # the run folder
     arms:list,  # keys of `ARMS`
@@ -96,6 +96,7 @@ def do_arms(
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from multiprocessing import get_context
     jobs = ([("base", 0)] if evaluation else []) + [(a, s) for s in seeds for a in arms]
+    if int(os.environ.get("WORLD_SIZE", 1))>1: workers = 1   # `accelerate launch`: its processes train each arm together
     bar, workers = progress_bar(len(jobs), 0, "arms"), workers or (2 if open_run(path).settings["model"]=="tiny" else 1)
     if workers>1:
         if train: score_arms(path, arms, seeds, train)                        # once, before they all ask for it

@@ -84,10 +84,11 @@ def _check_config(c):
     if c.weights is not None and (terms is None or len(c.weights)!=len(terms)):
         raise ValueError(f"weights={c.weights}: {c.objective} has {len(terms) if terms else 'no'} weighted terms")
 
-# %% ../nbs/35_trainer.ipynb #3f8a43c6
+# %% ../nbs/35_trainer.ipynb #44281d89
 def _fit_machine(c):
     "What depends on the machine and was left open: bfloat16, checkpointing of activations, pinned memory; and the seed of the order."
     gpu = torch.cuda.is_available() and not c.use_cpu
+    c.use_cpu = c.use_cpu or not torch.accelerator.is_available()  # said aloud, or accelerate takes each of several processes for a run of its own
     if c.bf16 is None: c.bf16 = gpu and not c.fp16
     if c.gradient_checkpointing is None: c.gradient_checkpointing = gpu
     if getattr(c, "activation_checkpointing", False) is None: c.activation_checkpointing = c.gradient_checkpointing # its new name
@@ -281,14 +282,16 @@ def model_card(
                        settings=table((k, getattr(trainer.args, k)) for k in CARD_SETTINGS),
                        metrics=table((k, f"{v:.4g}") for k,v in sorted(last.items())))
 
-# %% ../nbs/35_trainer.ipynb #34fdc31d
+# %% ../nbs/35_trainer.ipynb #71abc0dc
 def save_adapter(
     trainer:RDPOTrainer, # after training
     path                 # folder, made if missing
 )->Path: # the folder
     "Adapter weights, processor and model card, such that `PeftModel.from_pretrained(base, path)` loads them."
     path = Path(path)
-    trainer.model.save_pretrained(path)
-    trainer.processing_class.save_pretrained(path)
-    (path/"README.md").write_text(model_card(trainer), encoding="utf-8")
+    trainer.save_model(str(path))                            # adapter and processor: FSDP gathers them from all processes, one writes
+    if trainer.accelerator.is_main_process:
+        (path/"training_args.bin").unlink(missing_ok=True)   # a pickle that names folders of this machine
+        (path/"README.md").write_text(model_card(trainer), encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
     return path

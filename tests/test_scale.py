@@ -2,6 +2,7 @@
 import json, os, random, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
+import psutil
 import pytest
 import torch
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -25,14 +26,21 @@ CASES = { # name -> settings of one process, and what two processes change
     "fsdp_bf16": (dict(layout="shared", dtype="bfloat16", bf16=True), dict(HALF, fsdp=True))}
 
 
-def start(*words, **kw):
+def start(*words):
     env = os.environ | dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
-    return subprocess.Popen([*map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kw)
+    return subprocess.Popen([*map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(p):
-    out = p.communicate(timeout=600)[0]
-    assert p.returncode==0, out[-5000:]
+def kill(p):
+    "SIGKILL to a process and all that it has started; the launcher gives its workers sessions of their own"
+    for q in [*psutil.Process(p.pid).children(recursive=True), p]: q.kill()
+    return p.communicate()[0]
+
+
+def finish(p, limit=300, status=0):
+    try: out = p.communicate(timeout=limit)[0]
+    except subprocess.TimeoutExpired: pytest.fail(f"not done after {limit} s; its last words: {kill(p)[-3000:]}")
+    assert p.returncode==status, out[-5000:]
 
 
 def apart(a, b):
@@ -132,8 +140,7 @@ def test_killed_run_goes_on_as_if_nothing_had_been(unbroken, tmp_path):
     whole, told, weights = unbroken
     step = random.SystemRandom().randint(3, 8)
     (tmp_path/"job.json").write_text(json.dumps(dict(out=str(tmp_path), cases=dict(killed=dict(LONG, kill=step)))))
-    p = start(sys.executable, WORKER, tmp_path/"job.json"); out = p.communicate(timeout=300)[0]
-    assert p.returncode==-signal.SIGKILL, out[-3000:]
+    finish(start(sys.executable, WORKER, tmp_path/"job.json"), status=-signal.SIGKILL)
     found = last_checkpoint(tmp_path/"killed")
     assert Path(found).name==f"checkpoint-{(step-1)//2*2}", f"killed at step {step}"
     again, resumed = train(tmp_path/"killed", resume=found, **LONG)
@@ -168,12 +175,12 @@ def test_realign_train_in_two_processes_survives_a_kill(tmp_path):
     words = ["--arms", "rdpo", "--epochs", "20"]                                        # 80 steps, a checkpoint after 50
     finish(start(sys.executable, script, tmp_path/"one", *words, "--workers", "1"))
     arm = Path("arms")/"rdpo-seed0"
-    p = start(*LAUNCH, script, tmp_path/"two", *words, start_new_session=True)
+    p = start(*LAUNCH, script, tmp_path/"two", *words)
     while not last_checkpoint(tmp_path/"two"/arm/"checkpoints"):
         assert p.poll() is None, p.communicate()[0][-5000:]
         time.sleep(.05)
     time.sleep(random.SystemRandom().random())
-    os.killpg(p.pid, signal.SIGKILL); p.wait()
+    kill(p)
     assert not (tmp_path/"two"/arm/"done.json").exists()
     finish(start(*LAUNCH, script, tmp_path/"two", *words))
     done = [json.loads((tmp_path/n/arm/"done.json").read_text()) for n in ("one", "two")]
