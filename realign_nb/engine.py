@@ -254,7 +254,7 @@ def _record(calls, stage, settings, done):
         calls.asked += last
         if not r.failed: calls.cache[k] = r; calls.models.add(r.model)
 
-# %% ../nbs/04_engine.ipynb #edda8a97
+# %% ../nbs/04_engine.ipynb #50b4fd13
 def _map(calls, stage, items, vlm, max_new_tokens, check, note):
     "What is known is looked up, the rest is asked and recorded call by call"
     make, new, failed = _keys(calls, vlm, max_new_tokens), {}, {}
@@ -263,17 +263,17 @@ def _map(calls, stage, items, vlm, max_new_tokens, check, note):
         if k not in calls.cache: new.setdefault(k, i)          # equal questions are asked once
     settings = {**getattr(vlm, "settings", {}), "max_new_tokens": max_new_tokens}
     calls.reused += len(items)-len(new)
-    left, bar = len(new), calls.progress and calls.progress(len(items), len(items)-len(new), stage)
+    kept, bar = len(items)-len(new), calls.progress and calls.progress(len(items), len(items)-len(new), stage)
     with Patience() as stop, closing(_ask(calls, items, new.values(), vlm, max_new_tokens, check, stop)) as answers:
         try:
             for done, again in answers:
                 _record(calls, stage, settings, [(keys[i], *items[i], *rest) for i, *rest in done])
-                failed.update({keys[i]: r for i, r, *_ in done if r.failed}); n = sum(last for *_, last in done); left -= n
+                failed.update({keys[i]: r for i, r, *_ in done if r.failed}); n = sum(last for *_, last in done); kept += sum(last and not r.failed for _, r, _, last in done)
                 if bar: bar.set_postfix_str(_postfix(calls, note, again), refresh=False); bar.update(n)
                 if stop.asked and (calls.workers or not hasattr(vlm, "ask")): break
-        except (BudgetReached, StopAsking) as e: raise type(e)(f"{stage}: {e}. {_standing(len(items)-left, len(items))}") from None
+        except (BudgetReached, StopAsking) as e: raise type(e)(f"{stage}: {e}. {_standing(kept, len(items))}") from None
         finally: bar and bar.close()
-    if stop.asked: raise KeyboardInterrupt(f"{stage}: stopped. {_standing(len(items)-left, len(items))}")
+    if stop.asked: raise KeyboardInterrupt(f"{stage}: stopped. {_standing(kept, len(items))}")
     return {i: judged(calls.cache.get(k) or failed[k], i, check) for i, k in keys.items()}
 
 # %% ../nbs/04_engine.ipynb #e4c0dee8

@@ -125,7 +125,7 @@ def join_answers(
         raise ValueError(f"no prediction fits an item: {' + '.join(key)} {unmatched[0]!r} there, {min(ids)!r} in the items; is this the right file?")
     return dict(sorted(runs.items())) or {0: {}}, duplicate, unmatched
 
-# %% ../nbs/39_join.ipynb #db70958c
+# %% ../nbs/39_join.ipynb #13be8535
 def data_sha256(
     items:list # of any benchmark
 )->str: # 64 hex digits
@@ -133,7 +133,7 @@ def data_sha256(
     text = json.JSONEncoder(sort_keys=True, default=lambda v: type(v).__name__).encode
     def plain(i):
         name = [Path(i["image"]).name] if isinstance(i.get("image"), str) and len(i["image"])<300 and "image_id" not in i else []
-        return text({k: v for k,v in i.items() if k!="image"} | {"image": x for x in name})
+        return text({k: str(v) if type(v) is int else v for k,v in i.items() if k!="image"} | {"image": x for x in name})
     return hashlib.sha256("\n".join(sorted(map(plain, items))).encode()).hexdigest()
 
 # %% ../nbs/39_join.ipynb #31a97b68

@@ -18,14 +18,15 @@ from .servers import Reply, ServerVLM, StopAsking, image_uri, text_hash
 # %% ../nbs/02_models.ipynb #8c49989f
 TINY = Path(str(files("realign_nb")/"assets"/"tiny")) # the packaged checkpoint of 03_tinyvlm
 
-# %% ../nbs/02_models.ipynb #e4bfe255
+# %% ../nbs/02_models.ipynb #6b703b65
 def chat_text(
     processor, # of the model
     prompt:str, # the user's words
-    answer:str=None # the assistant's words
+    answer:str=None, # the assistant's words
+    image:bool=True # False: a question without a picture
 )->str: # text with the image placeholder, ready for the processor
-    "One user turn with one image through the model's chat template; with `answer`, the assistant's turn too."
-    messages = [dict(role="user", content=[dict(type="image"), dict(type="text", text=prompt)])]
+    "One user turn through the model's chat template; with `answer`, the assistant's turn too."
+    messages = [dict(role="user", content=[dict(type="image")]*image + [dict(type="text", text=prompt)])]
     if answer is not None: messages.append(dict(role="assistant", content=[dict(type="text", text=answer)]))
     return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
 
@@ -39,7 +40,7 @@ def vision_tower(
         if hasattr(getattr(model, "model", model), name): return getattr(getattr(model, "model", model), name)
     raise ValueError(f"{type(model).__name__}: no vision encoder under the known names vision_tower, vision_model, visual; pass embeddings yourself")
 
-# %% ../nbs/02_models.ipynb #f388cc1c
+# %% ../nbs/02_models.ipynb #d380a80b
 class HFVLM:
     "A transformers image-text-to-text model with its processor."
     def __init__(self,
@@ -53,18 +54,20 @@ class HFVLM:
         self.processor.tokenizer.padding_side, self.settings, self.spec = "left", {}, None # spec: what `load_vlm` was called with
 
     fingerprint = property(lambda self: fingerprint(self.model))
-    def chat(self, prompt, answer=None): return chat_text(self.processor, prompt, answer)
+    def chat(self, prompt, answer=None, image=True): return chat_text(self.processor, prompt, answer, image)
     def inputs(self, texts, images):
         "Processor output on the model's device; floating tensors in its dtype"
-        x = self.processor(text=texts, images=[open_image(im) for im in images], padding=True, return_tensors="pt")
+        shown = [open_image(im) for im in images if im is not None]
+        x = self.processor(text=texts, **dict(images=shown) if shown else {}, padding=True, return_tensors="pt")
         return x.to(self.model.device, dtype=self.model.dtype)
 
     @torch.no_grad()
     def generate(self, prompts, images, max_new_tokens=64):
-        "Greedy answers, one per prompt; special tokens are dropped, `[MASK]` and other ordinary ones kept"
+        "Greedy answers, one per prompt; an image may be None. Special tokens are dropped, `[MASK]` and other ordinary ones kept"
         out = []
         for i in range(0, len(prompts), self.batch_size):
-            x = self.inputs([self.chat(p) for p in prompts[i:i+self.batch_size]], images[i:i+self.batch_size])
+            ps, ims = prompts[i:i+self.batch_size], images[i:i+self.batch_size]
+            x = self.inputs([self.chat(p, image=im is not None) for p, im in zip(ps, ims)], ims)
             y = self.model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.processor.tokenizer.pad_token_id)
             out += self.processor.batch_decode(y[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
         return [t.strip() for t in out]

@@ -133,13 +133,13 @@ def _hide(vlm, text):
     "The text without the key, or what a service shows of it"
     return re.sub(r"\bsk-[\w*.-]{8,}", "***", text.replace(vlm._key, "***") if vlm._key else text)
 
-# %% ../nbs/01b_servers.ipynb #38f2b5e8
+# %% ../nbs/01b_servers.ipynb #c57b45a6
 async def _ask(vlm, client, prompt, image, max_new_tokens):
     "One question; every failure but a hopeless one becomes a `Reply`"
     from openai import OpenAIError
     try:
-        uri = await asyncio.to_thread(image_uri, image, vlm.settings["max_side"])
-        content = [dict(type="image_url", image_url=dict(url=uri)), dict(type="text", text=prompt)]
+        content = [dict(type="text", text=prompt)]
+        if image is not None: content.insert(0, dict(type="image_url", image_url=dict(url=await asyncio.to_thread(image_uri, image, vlm.settings["max_side"]))))
         r = await client.chat.completions.create(model=vlm.name, messages=[dict(role="user", content=content)],
                                                  max_tokens=max_new_tokens, temperature=vlm.settings["temperature"])
         return _read(vlm, r)

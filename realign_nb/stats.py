@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LARGE', 'distinct_rows', 'bootstrap_distinct', 'bootstrap', 'wilson', 'swap_distinct', 'swap_test', 'mcnemar', 'holm']
 
-# %% ../nbs/05_stats.ipynb #a69c79a0
+# %% ../nbs/05_stats.ipynb #4d454418
+import warnings
 import numpy as np
 
 # %% ../nbs/05_stats.ipynb #1eebd407
@@ -38,7 +39,7 @@ def bootstrap_distinct(
         found.append(statistic(weights @ rows))
     return np.quantile(np.concatenate(found), [(1-level)/2, (1+level)/2], axis=0).T
 
-# %% ../nbs/05_stats.ipynb #e859015a
+# %% ../nbs/05_stats.ipynb #cbd857c2
 def bootstrap(
     table,              # `[I, C]` counts, one row per image
     statistic,          # function: sums `[..., C]` -> metrics `[..., M]`
@@ -56,8 +57,10 @@ def bootstrap(
         weights = np.bincount((rows + n*np.arange(len(rows))[:,None]).ravel(), minlength=n*len(rows)).reshape(-1, n)
         out = np.moveaxis(statistic(weights @ table), -1, 0)
         return out if np.ndim(index)>1 else out[:,0]
-    ci = stats.bootstrap((np.arange(n),), resampled, n_resamples=resamples, batch=250, method="percentile",
-                         confidence_level=level, rng=np.random.default_rng(seed)).confidence_interval
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)      # a resample without any record of a group has no metric: the ends are nan
+        ci = stats.bootstrap((np.arange(n),), resampled, n_resamples=resamples, batch=250, method="percentile",
+                             confidence_level=level, rng=np.random.default_rng(seed)).confidence_interval
     return np.stack([ci.low, ci.high], -1)
 
 # %% ../nbs/05_stats.ipynb #6a13208f

@@ -13,7 +13,7 @@ import official_world as world
 from faults import FaultServer
 from realign_nb.bench import score
 from realign_nb.core import RunMismatch, read_jsonl
-from realign_nb.infer import answer, choose, join_parts, local_device, open_folder, predict_items, read_parts, text_only, this_shard
+from realign_nb.infer import answer, choose, join_parts, local_device, open_folder, predict_items, read_parts, this_shard
 from realign_nb.join import find_benchmark, find_key, join_id
 from realign_nb.models import ReplayVLM, load_vlm
 from realign_nb.readers import MAX_NEW_TOKENS, prompt, read_items
@@ -93,14 +93,14 @@ def test_questions_without_a_picture(items, tiny, tmp_path):
         assert {p for p, im in model.asked if im is None} == {prompt(b, i) for i in items[b] if i["image"] is None}
     questions = ["Where is the cat?", "What is it? " * 20]
     picture = draw(world.SCENES[0])
-    bare = text_only(tiny, questions, 8)
-    assert bare == [text_only(tiny, [q], 8)[0] for q in questions] != tiny.generate(questions, [picture] * 2, 8)
+    bare = tiny.generate(questions, [None] * 2, 8)
+    assert bare == [tiny.generate([q], [None], 8)[0] for q in questions] != tiny.generate(questions, [picture] * 2, 8)
     assert answer(tiny, [*questions, *questions], [None, picture, picture, None], 8) == [bare[0], *tiny.generate(questions[::-1], [picture] * 2, 8), bare[1]]
 
 
 def test_replay_has_no_text_only(tmp_path):
     (tmp_path / "calls.jsonl").write_text(json.dumps(dict(stage="s", model="m", settings=dict(max_new_tokens=8), replies=[dict(key="k", prompt="p", image="i", text="t", tokens=None, reason=None, failed=False)])) + "\n")
-    with pytest.raises(ValueError, match="recorded answers are found by their picture, and 'x' has none"): text_only(ReplayVLM(tmp_path / "calls.jsonl"), ["x"], 8)
+    with pytest.raises(ValueError, match="recorded answers are found by their picture, and 'x' has none"): answer(ReplayVLM(tmp_path / "calls.jsonl"), ["x"], [None], 8)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3])
