@@ -27,7 +27,7 @@ class Counts:
     @property
     def flat(self): return self.table.reshape(len(self.units), -1) # `[U, R*G*C]`
 
-# %% ../nbs/40_bench.ipynb #0ca4db26
+# %% ../nbs/40_bench.ipynb #2807aed7
 def count(
     benchmark:str,    # key of `FAMILIES`
     items:list,       # of the benchmark
@@ -36,7 +36,7 @@ def count(
 )->Counts: # per unit
     "Join predictions to items by id and count every unit."
     if isinstance(predictions, Counts): return predictions
-    b, rule = find_benchmark(benchmark), find_rule(benchmark, rule)
+    b, rule = find_benchmark(benchmark, rule), find_rule(benchmark, rule)
     rows, faults = read_rows(benchmark, items, predictions, rule)
     members, first = {}, next(iter(rows.values()))
     for k, row in first.items(): members.setdefault(str(b.unit(row.item)), []).append(k)
@@ -73,7 +73,7 @@ def fault_report(
     "What was wrong with the predictions."
     return {k: sum(len(c.faults[k]) for c in counts) for k in counts[0].faults} | dict(ids=[{k: sorted(v)[:5] for k,v in c.faults.items() if v} for c in counts])
 
-# %% ../nbs/40_bench.ipynb #902ee94b
+# %% ../nbs/40_bench.ipynb #2cf82d73
 def score_seeds(
     benchmark:str,      # key of `FAMILIES`
     items:list,         # of the benchmark
@@ -83,7 +83,7 @@ def score_seeds(
     seed:int=0          # of the bootstrap
 )->dict: # as `score`; with several seeds also spread, the standard deviation over seeds
     "One score for several trainings: counts are averaged over seeds first, then units are resampled."
-    b, counts = find_benchmark(benchmark), [count(benchmark, items, p, rule) for p in predictions.values()]
+    b, counts = find_benchmark(benchmark, rule), [count(benchmark, items, p, rule) for p in predictions.values()]
     names, f = metric_function(benchmark, counts[0]); mean = lambda s: f(s).mean(-2)
     table, per_run, per_seed = np.mean([c.flat for c in counts], 0), f(counts[0].flat.sum(0)), np.stack([mean(c.flat.sum(0)) for c in counts])
     spread = per_seed.std(0, ddof=1) if len(counts)>1 else per_run.std(0) if len(per_run)>1 else None
@@ -105,7 +105,7 @@ def score(
     "Score one file of predictions."
     return score_seeds(benchmark, items, {0: predictions}, rule)
 
-# %% ../nbs/40_bench.ipynb #92fbf013
+# %% ../nbs/40_bench.ipynb #c718bb3d
 def records(
     benchmark:str,    # key of `FAMILIES`
     items:list,       # of the benchmark
@@ -113,7 +113,7 @@ def records(
     rule:str=None     # parse rule that decides what is right; None is the default
 )->list: # of {"id", "run", "text", "parse": {rule: value}, "right"}
     "Every record with what each rule reads in it."
-    b, rule, read = find_benchmark(benchmark), find_rule(benchmark, rule), {}
+    b, rule, read = find_benchmark(benchmark, rule), find_rule(benchmark, rule), {}
     for r in b.rules:
         try: read[r] = read_rows(benchmark, items, predictions, r)[0]
         except (ImportError, KeyError, ValueError):
@@ -129,7 +129,7 @@ def pair_seeds(
     if len(a)>1<len(b) and {*a}!={*b}: raise ValueError(f"seeds {sorted(a)} against {sorted(b)}; compare the same seeds")
     return {s: (a[s] if len(a)>1 else next(iter(a.values())), b[s] if len(b)>1 else next(iter(b.values()))) for s in (a if len(a)>1 else b)}
 
-# %% ../nbs/40_bench.ipynb #8285cc4d
+# %% ../nbs/40_bench.ipynb #afef93f4
 def compare_seeds(
     benchmark:str,         # key of `FAMILIES`
     items:list,            # of the benchmark
@@ -142,7 +142,7 @@ def compare_seeds(
 )->dict: # n, units, a, b, difference (a-b), intervals, p, spread, per_seed
     "Paired difference of two arms, metric by metric, with 95 % intervals and p-values clustered by unit."
     counts = {s: [count(benchmark, items, p, rule) for p in ps] for s,ps in pair_seeds(a, b).items()}
-    first, per = next(iter(counts.values()))[0], find_benchmark(benchmark).per
+    first, per = next(iter(counts.values()))[0], find_benchmark(benchmark, rule).per
     names, g = metric_function(benchmark, first); f = lambda s: g(s).mean(-2)
     if len({c.table.shape for cs in counts.values() for c in cs})>1: raise ValueError("a and b differ in units, groups or judge runs; score both on the same items with the same number of runs")
     each_a, each_b = ([cs[n].flat for cs in counts.values()] for n in (0, 1))
@@ -167,7 +167,7 @@ def drop_unjudged(
     keys = [find_key(benchmark, items, p) for p in files]
     return [i for k,i in zip(keys[0][1], items) if k not in lost], [[p for p in f if join_id(p, key) not in lost] for f,(key,_) in zip(files, keys)]
 
-# %% ../nbs/40_bench.ipynb #ef9da421
+# %% ../nbs/40_bench.ipynb #1d4c6e5d
 def compare(
     benchmark:str,      # key of `FAMILIES`
     items:list,         # of the benchmark
@@ -177,7 +177,7 @@ def compare(
 )->dict: # as `compare_seeds`; also p_holm, and mcnemar per part where answers are right or wrong
     "Paired difference of two models. McNemar's p ignores that records share units and is therefore optimistic."
     files, n = [predictions_a, predictions_b], len(items)
-    if find_benchmark(benchmark).judged: items, files = drop_unjudged(benchmark, items, files, rule)
+    if find_benchmark(benchmark, rule).judged: items, files = drop_unjudged(benchmark, items, files, rule)
     a, b = (count(benchmark, items, p, rule) for p in files)
     out = compare_seeds(benchmark, items, {0: a}, {0: b}, rule) | dict(left_out=n-len(items))
     known = [m for m,p in out["p"].items() if p is not None]

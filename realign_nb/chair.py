@@ -70,8 +70,8 @@ def singular(
     if f"{word} " in _ALONE: return word                                       # also for every end of such a word
     return next((word[:-n]+_ENDS[word[-n:]] for n in range(min(len(word), 9), 0, -1) if word[-n:] in _ENDS), word)
 
-# %% ../nbs/40e_chair.ipynb #585d4242
-WORDNET_HELP = ("the rule chair_wordnet needs nltk and its data: pip install 'nltk>=3.9'; python -m nltk.downloader -d FOLDER wordnet averaged_perceptron_tagger_eng; "
+# %% ../nbs/40e_chair.ipynb #1c443ce5
+WORDNET_HELP = ("the rule chair_wordnet needs nltk and its data: pip install 'realign_nb[chair]'; python -m nltk.downloader -d FOLDER wordnet averaged_perceptron_tagger_eng; "
                 "then set the environment variable NLTK_DATA to FOLDER. The rule chair_pattern needs neither")
 
 # %% ../nbs/40e_chair.ipynb #7b11710d

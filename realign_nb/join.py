@@ -6,10 +6,10 @@
 __all__ = ['FAMILIES', 'Row', 'Benchmark', 'find_benchmark', 'find_rule', 'parse', 'join_id', 'find_key', 'join_answers',
            'data_sha256', 'read_rows', 'the_judge']
 
-# %% ../nbs/39_join.ipynb #c02ebb1f
+# %% ../nbs/39_join.ipynb #baf3c467
 import hashlib, json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Row(NamedTuple):
     text: object  # the answer, or the judge's reply; `None` where there is none
     parse: object # what the rule reads in it; `None` where it can read nothing
 
-# %% ../nbs/39_join.ipynb #e462db68
+# %% ../nbs/39_join.ipynb #417f8ac2
 @dataclass
 class Benchmark:
     "What `score` needs to know about one benchmark."
@@ -41,20 +41,24 @@ class Benchmark:
     groups: list = None                            # order of group names; None sorts them
     judged: bool = False                           # predictions are judge records
     per: str = "unit"                              # what a unit is, in words: "image", "question"
+    by_rule: dict = field(default_factory=dict)    # rule -> fields that differ under it
 
 # %% ../nbs/39_join.ipynb #88c0ac3e
 FAMILIES = { # name -> module of `realign_nb` with `BENCHMARKS[name]`, or a `Benchmark`
     "pope": "yes_no", "mme": "yes_no", "hallusionbench": "yes_no", "scienceqa": "choice", "mmbench": "choice", "textvqa": "vqa", "vizwiz": "vqa",
     "mmvet": "judged", "llavabench": "judged", "chair": "chair"}
 
-# %% ../nbs/39_join.ipynb #235c0271
+# %% ../nbs/39_join.ipynb #8ef5fb61
 def find_benchmark(
-    benchmark:str # key of `FAMILIES`
+    benchmark:str, # key of `FAMILIES`
+    rule:str=None  # name of a parse rule; None is the default
 )->Benchmark: # what its module says
     "A benchmark by name; unknown names are errors."
     if benchmark not in FAMILIES: raise ValueError(f"unknown benchmark {benchmark!r}; known: {', '.join(FAMILIES)}")
     home = FAMILIES[benchmark]
-    return import_module(f"realign_nb.{home}").BENCHMARKS[benchmark] if isinstance(home, str) else home
+    b = import_module(f"realign_nb.{home}").BENCHMARKS[benchmark] if isinstance(home, str) else home
+    own = b.by_rule.get(rule or b.rules[0])
+    return replace(b, **own) if own else b
 
 # %% ../nbs/39_join.ipynb #d651839a
 def find_rule(
@@ -103,15 +107,16 @@ def find_key(
         wrong = f"prediction 1 needs {' and '.join(map(repr, key))}, it has {sorted(first)}; is this the right file?"
     raise ValueError(wrong)
 
-# %% ../nbs/39_join.ipynb #5234b568
+# %% ../nbs/39_join.ipynb #bed8250d
 def join_answers(
     benchmark:str,   # key of `FAMILIES`
     key:tuple,       # from `find_key`
     ids,             # of the items
-    predictions:list # predictions or judge records
+    predictions:list, # predictions or judge records
+    rule:str=None    # parse rule; None is the default
 )->tuple: # ({run: {id: text}}, ids that came again, ids without an item); run is 0 where there is no judge
     "Texts by id, the first of each; a file that fits nothing is an error."
-    b, runs, duplicate, unmatched, ids = find_benchmark(benchmark), {}, [], [], set(ids)
+    b, runs, duplicate, unmatched, ids = find_benchmark(benchmark, rule), {}, [], [], set(ids)
     for n, p in enumerate(predictions, 1):
         field = next((f for f in b.answers if f in p), None)
         if field is None or any(k not in p for k in key):
@@ -136,7 +141,7 @@ def data_sha256(
         return text({k: str(v) if type(v) is int else v for k,v in i.items() if k!="image"} | {"image": x for x in name})
     return hashlib.sha256("\n".join(sorted(map(plain, items))).encode()).hexdigest()
 
-# %% ../nbs/39_join.ipynb #31a97b68
+# %% ../nbs/39_join.ipynb #546e44ac
 def read_rows(
     benchmark:str,    # key of `FAMILIES`
     items:list,       # of the benchmark
@@ -144,10 +149,10 @@ def read_rows(
     rule:str=None     # parse rule; None is the default
 )->tuple: # ({run: {id: `Row`}} with ids in order, ids by kind of fault)
     "Check the items, join, and read every answer by one rule."
-    b, rule = find_benchmark(benchmark), find_rule(benchmark, rule)
+    b, rule = find_benchmark(benchmark, rule), find_rule(benchmark, rule)
     for i in items: b.check(i)
     key, ids = find_key(benchmark, items, predictions)
-    runs, duplicate, unmatched = join_answers(benchmark, key, ids, predictions)
+    runs, duplicate, unmatched = join_answers(benchmark, key, ids, predictions, rule)
     of = dict(sorted(zip(ids, items), key=lambda x: x[0]))
     faults = dict(missing=[], duplicate=duplicate, unmatched=unmatched, unparsable=[]) | (dict(unjudged=[]) if b.judged else {})
     rows = {r: {k: Row(i, texts.get(k), None if texts.get(k) is None else b.read(texts[k], i, rule)) for k,i in of.items()} for r,texts in runs.items()}

@@ -40,7 +40,7 @@ def vision_tower(
         if hasattr(getattr(model, "model", model), name): return getattr(getattr(model, "model", model), name)
     raise ValueError(f"{type(model).__name__}: no vision encoder under the known names vision_tower, vision_model, visual; pass embeddings yourself")
 
-# %% ../nbs/02_models.ipynb #d380a80b
+# %% ../nbs/02_models.ipynb #df160ae5
 class HFVLM:
     "A transformers image-text-to-text model with its processor."
     def __init__(self,
@@ -57,17 +57,15 @@ class HFVLM:
     def chat(self, prompt, answer=None, image=True): return chat_text(self.processor, prompt, answer, image)
     def inputs(self, texts, images):
         "Processor output on the model's device; floating tensors in its dtype"
-        shown = [open_image(im) for im in images if im is not None]
-        x = self.processor(text=texts, **dict(images=shown) if shown else {}, padding=True, return_tensors="pt")
+        x = self.processor(text=texts, images=[open_image(im) for im in images if im is not None] or None, padding=True, return_tensors="pt")
         return x.to(self.model.device, dtype=self.model.dtype)
 
     @torch.no_grad()
     def generate(self, prompts, images, max_new_tokens=64):
         "Greedy answers, one per prompt; an image may be None. Special tokens are dropped, `[MASK]` and other ordinary ones kept"
-        out = []
+        out, texts = [], [self.chat(p, image=im is not None) for p, im in zip(prompts, images, strict=True)]
         for i in range(0, len(prompts), self.batch_size):
-            ps, ims = prompts[i:i+self.batch_size], images[i:i+self.batch_size]
-            x = self.inputs([self.chat(p, image=im is not None) for p, im in zip(ps, ims)], ims)
+            x = self.inputs(texts[i:i+self.batch_size], images[i:i+self.batch_size])
             y = self.model.generate(**x, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.processor.tokenizer.pad_token_id)
             out += self.processor.batch_decode(y[:, x["input_ids"].shape[1]:], skip_special_tokens=True)
         return [t.strip() for t in out]

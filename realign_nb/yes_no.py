@@ -252,7 +252,7 @@ def _check_hallusion(item):
     for field, allowed in dict(category=["VD", "VS"], visual_input=["0", "1", "2"], gt_answer=["0", "1"]).items():
         _must(field, allowed, f"HallusionBench has {' and '.join(allowed)}", item)
 
-# %% ../nbs/40a_yes_no.ipynb #e3097498
+# %% ../nbs/40a_yes_no.ipynb #11cd013e
 BENCHMARKS = { # name -> `Benchmark`
     "pope": Benchmark(keys=[("question_id",)], answers=["text"], rules=list(YES_NO), read=lambda text, item, rule: YES_NO[rule](text),
         unit=lambda i: str(i.get("image_id", i.get("image", i.get("question_id")))), count=count_pope, metrics=pope_metrics, scale="share",
@@ -262,10 +262,11 @@ BENCHMARKS = { # name -> `Benchmark`
         rules=list(MME_YES_NO), read=lambda text, item, rule: MME_YES_NO[rule](text), unit=lambda i: f"{i['category']}/{i['image']}", count=count_mme,
         metrics=mme_metrics, scale="points", check=_check_mme, right=lambda r, rule: r.parse==r.item["answer"].lower(), groups=sum(MME_SUMS.values(), []),
         part=lambda i: i["category"], per="image"),
-    "hallusionbench": Benchmark(keys=[("category", "subcategory", "set_id", "figure_id", "question_id")], answers=["reply", "text", "model_prediction"],
-        rules=["official", "yes_no"], read=lambda text, item, rule: read_verdict(text) if rule=="official" else YES_NO["vlmevalkit"](text) or "unknown",
+    "hallusionbench": Benchmark(keys=[("category", "subcategory", "set_id", "figure_id", "question_id")], answers=["reply"],
+        rules=["official", "yes_no"], read=lambda text, item, rule: read_verdict(text) if rule=="official" else YES_NO["vlmevalkit"](text),
         unit=lambda i: f"{i['category']}/{i['subcategory']}/{i['set_id']}", count=count_hallusion, metrics=hallusion_metrics, scale="percent",
-        check=_check_hallusion, right=hallusion_right, readable=lambda r, rule: r.parse not in (None, "unknown"), judged=True, per="set")}
+        check=_check_hallusion, right=hallusion_right, judged=True, per="set",
+        by_rule={"yes_no": dict(answers=["text", "model_prediction"], judged=False)})}
 
 # %% ../nbs/40a_yes_no.ipynb #b2933ea3
 def rule_disagreement(

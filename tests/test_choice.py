@@ -9,7 +9,6 @@ import pytest
 from realign_nb.bench import compare, parse, records, score
 from realign_nb.choice import NOTE, REFUSALS, STEP, add_letters, answer_letter, infer_option, options, rotations, subsets, why_not_circular
 
-pytestmark = pytest.mark.filterwarnings("ignore:The BCa")     # scipy, where a resample lacks a group
 KNOWN = [Path(os.environ["REALIGN_KNOWN_ANSWERS"])] if "REALIGN_KNOWN_ANSWERS" in os.environ else []
 KNOWN.append(Path(__file__).parent / "known_answers")
 

@@ -1,5 +1,5 @@
 """MM-Vet and LLaVA-Bench from judge replies: the traps of their official rules, and the published runs."""
-import json, math, os, random, warnings
+import json, math, os, random
 from pathlib import Path
 
 import pytest
@@ -13,13 +13,6 @@ def known(name):
     for folder in (Path(__file__).parent / "known_answers", os.environ.get("REALIGN_KNOWN_ANSWERS")):
         if folder and (Path(folder) / name).is_file(): return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
     pytest.skip(f"{name} is not in tests/known_answers, and REALIGN_KNOWN_ANSWERS names no folder that has it")
-
-
-@pytest.fixture(autouse=True)
-def few():
-    "These sets are too small for an interval; that is said once elsewhere."
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The BCa"); yield
 
 
 def vet(n=8):

@@ -16,7 +16,6 @@ from realign_nb.templates import HALLUSION, HALLUSION_SAME, LLAVABENCH, MMVET, T
 OPEN = "\n\n"                                                                              # MM-Vet's open row stands after the last empty line
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:The BCa")                                  # so few questions give no interval
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -13,7 +13,6 @@ from realign_nb.bench import parse, records, score
 from realign_nb.vqa import (CONTRACTIONS, FORMS, MARKS, NUMBERS, SOFT, FULL_STOP, answers_of, as_compared, normalise, question_in, soft_accuracy,
                             textvqa_predictions, upload_rows, write_upload)
 
-pytestmark = pytest.mark.filterwarnings("ignore:The BCa")     # scipy, where a resample lacks a group
 KNOWN = [Path(os.environ["REALIGN_KNOWN_ANSWERS"])] if "REALIGN_KNOWN_ANSWERS" in os.environ else []
 KNOWN.append(Path(__file__).parent / "known_answers")
 RULES = ["llava", "vqa", "vlmevalkit"]

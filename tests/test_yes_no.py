@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from realign_nb.bench import parse, score
+from realign_nb.bench import compare, parse, score
 from realign_nb.yes_no import (BENCHMARKS, MME_SUMS, SPLITS, count_hallusion, failure_kinds, hallusion_metrics, image_only, mme_metrics,
                                pope_metrics, rule_disagreement)
 
@@ -280,6 +280,11 @@ def test_hallusion_without_a_judge():
     assert {s["metrics"][k] for k in ("q", "f", "Easy", "Hard", "a")} == {100} and s["rule"] == "yes_no"
     vague = score("hallusionbench", HALLUSION, [p | dict(model_prediction="I cannot tell") for p in said], "yes_no")
     assert vague["metrics"]["a"] == 0 and vague["unparsable"] == 1129                             # wrong also at figure 0, and never left out
+    with pytest.raises(ValueError, match="a text 'reply'"): score("hallusionbench", HALLUSION, said)          # answers are no verdicts
+    replies = [{k: i[k] for k in KEY} | dict(reply="correct") for i in HALLUSION]
+    with pytest.raises(ValueError, match="'text' or 'model_prediction'"): score("hallusionbench", HALLUSION, replies, "yes_no")
+    less = compare("hallusionbench", HALLUSION, said, said[1:], "yes_no")
+    assert less["left_out"] == 0 and less["faults"]["b"]["missing"] == 1 and less["difference"]["a"] == pytest.approx(100/1129)
     part = score("hallusionbench", image_only(HALLUSION), said, "yes_no")
     assert part["n"] == 951 and part["metrics"]["a"] == 100
 

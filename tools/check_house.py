@@ -11,7 +11,7 @@ MODULE_LINES, CELL_LINES, NB_BYTES, ALL_BYTES = 300, 30, 300_000, 6_000_000
 EXPORT = {"export", "exports"}
 KNOWN = EXPORT | {"default_exp", "hide", "echo", "eval", "notest", "gpu", "api", "slow", "label", "output", "warning", "code-fold",
                   "fig-cap", "fig-alt", "tbl-cap", "column", "layout-ncol"}
-LIGHT = ["core", "masking", "similarity", "retrieval", "bench", "plots"]     # and realign_nb itself
+LIGHT = ["core", "masking", "similarity", "retrieval", "join", "bench", "yes_no", "choice", "vqa", "judged", "chair", "tables", "eval_cli", "plots"]     # and realign_nb itself
 HEAVY = ["torch", "transformers", "pandas", "trl", "peft", "datasets", "sentence_transformers", "faiss"]
 # the objectives registry finds later objectives by name, when asked for one
 LATE = {("dpo", "rdpo")}
