@@ -6,8 +6,8 @@
 __all__ = ['COMMANDS', 'add_files', 'finish', 'warn_rules', 'do_score', 'do_compare', 'add_doctor', 'do_doctor', 'add_run',
            'do_run', 'add_judge', 'do_judge', 'eval_arms', 'add_score', 'main_eval']
 
-# %% ../nbs/90b_eval.ipynb #18fbe227
-import argparse, json, sys
+# %% ../nbs/90b_eval.ipynb #42a80546
+import argparse, json, os, sys
 from pathlib import Path
 from .bench import compare, records, score
 from .eval_files import compare_text, load_items, load_predictions, located, score_text, with_image
@@ -198,7 +198,7 @@ COMMANDS = { # name -> (what it does, options, work)
     "judge": ("Ask a judge about answers.", add_judge, do_judge),
     "doctor": ("Say which data is here, what is missing, and where it comes from.", add_doctor, do_doctor)}
 
-# %% ../nbs/90b_eval.ipynb #e7e377f9
+# %% ../nbs/90b_eval.ipynb #95f630e2
 def main_eval(
     argv=None # words after the program's name; None takes those of the shell
 )->int: # exit status
@@ -211,6 +211,7 @@ def main_eval(
         p = argparse.ArgumentParser(prog=f"realign-eval {name}", description=about); options(p)
         try: return work(p.parse_args(rest))
         except (ValueError, ImportError) as e: print(f"error: {e}", file=sys.stderr); return 2
+        except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0      # `| head` has seen enough
         except KeyboardInterrupt: print("\nstopped; the same command continues", file=sys.stderr); return 130
     if not name.startswith("-") and Path(name).is_dir(): return eval_arms(argv)
     if name not in ("-h", "--help"): print(f"error: {name!r} is neither a command nor a run folder", file=sys.stderr)

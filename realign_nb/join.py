@@ -107,7 +107,7 @@ def find_key(
         wrong = f"prediction 1 needs {' and '.join(map(repr, key))}, it has {sorted(first)}; is this the right file?"
     raise ValueError(wrong)
 
-# %% ../nbs/39_join.ipynb #bed8250d
+# %% ../nbs/39_join.ipynb #69223590
 def join_answers(
     benchmark:str,   # key of `FAMILIES`
     key:tuple,       # from `find_key`
@@ -120,6 +120,7 @@ def join_answers(
     for n, p in enumerate(predictions, 1):
         field = next((f for f in b.answers if f in p), None)
         if field is None or any(k not in p for k in key):
+            if b.judged and "text" in p: raise ValueError(f"prediction {n} is an answer, and {benchmark} is scored from a judge's replies; have the answers judged first (realign-eval judge)")
             raise ValueError(f"prediction {n} needs {' and '.join(map(repr, key))} and a text {' or '.join(map(repr, b.answers))}, it has {sorted(p)}; is this the right file?")
         if not isinstance(p[field], str) and not (b.judged and p[field] is None): raise ValueError(f"prediction {n}: {field!r} is {p[field]!r}, not a text; leave out what was not answered")
         k, texts = join_id(p, key), runs.setdefault(p.get("run", 0) if b.judged else 0, {})

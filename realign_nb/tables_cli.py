@@ -6,8 +6,8 @@
 __all__ = ['WORDS', 'WRITERS', 'read_scores', 'audit_tables', 'figure_table', 'draw_table', 'draw', 'wanted_tables', 'run_tables',
            'main_tables']
 
-# %% ../nbs/90c_tables_cli.ipynb #f6e803c6
-import argparse, json, sys
+# %% ../nbs/90c_tables_cli.ipynb #bf841eae
+import argparse, json, os, sys
 from pathlib import Path
 from .page import Page
 from .tables import RIM, TIES, Table, audit, combine, figure1_panels, figure4_points, heading, published, to_html, to_latex, to_markdown
@@ -130,7 +130,7 @@ def run_tables(
     if done: print(f"{len(done)} files: " + ", ".join(p.name for p in done))
     return 0
 
-# %% ../nbs/90c_tables_cli.ipynb #0b761fd4
+# %% ../nbs/90c_tables_cli.ipynb #5ccfbc52
 def main_tables(
     argv=None # words after the program's name; None takes those of the shell
 )->int: # exit status
@@ -144,3 +144,4 @@ def main_tables(
     p.add_argument("--method", help="the same for the method")
     try: return run_tables(p.parse_args(argv))
     except ValueError as e: print(f"error: {e}", file=sys.stderr); return 2
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0      # `| head` has seen enough

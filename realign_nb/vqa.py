@@ -130,10 +130,10 @@ def check_vqa(
     if n!=10 or not all(isinstance(a, str) for a in answers_of(item)):
         raise ValueError(f"item {who!r}: answers holds {n} records; soft accuracy needs ten texts")
 
-# %% ../nbs/40c_vqa.ipynb #2944c4d7
+# %% ../nbs/40c_vqa.ipynb #5ba2bf5f
 def _benchmark(keys, unit): # both differ in how records are joined and grouped
     return Benchmark(keys=keys, answers=["text", "answer"], rules=list(FULL_STOP), read=as_compared, unit=unit, count=count_vqa, metrics=vqa_metrics, scale="percent",
-                     check=check_vqa, readable=lambda row, rule: bool((row.text or "").strip()))
+                     check=check_vqa, readable=lambda row, rule: bool((row.text or "").strip()), per="image")
 
 # %% ../nbs/40c_vqa.ipynb #cbca46ed
 BENCHMARKS = { # name -> `bench.Benchmark`

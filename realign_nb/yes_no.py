@@ -133,14 +133,14 @@ def count_mme(
     right = sum(r.parse==r.item["answer"].lower() for r in rows)
     return {first["category"]: np.array([2, right, 1, right==2], float)}
 
-# %% ../nbs/40a_yes_no.ipynb #0c5f348e
+# %% ../nbs/40a_yes_no.ipynb #ad6ecdcc
 def mme_metrics(
     groups:list, # names of the subtasks
     sums         # `[..., G, 4]` as counted by `count_mme`
 )->dict: # perception, cognition, "subtask/score", "subtask/accuracy", "subtask/accuracy_plus" -> `[...]`, in points
     "MME's points. Sums run over the subtasks that are there; where some are not, `perception/subtasks` says how many are."
     n, right, images, both = np.moveaxis(np.asarray(sums, float), -1, 0)
-    accuracy, plus = 100*share(right, n), 100*share(both, images)
+    accuracy, plus = 100*np.where(n>0, share(right, n), np.nan), 100*share(both, images)      # a resample may lack a subtask: its sum is no number
     out = {}
     for name, parts in MME_SUMS.items():
         here = [i for i,g in enumerate(groups) if g in parts]

@@ -188,5 +188,5 @@ def hub_rows(benchmark, items):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2: sys.exit(__doc__)
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"): sys.exit(__doc__)
     for b, folder in write_all(sys.argv[1]).items(): print(f"{b:15} {COUNTS[b]:3} questions in {folder}")
