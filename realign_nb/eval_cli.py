@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'add_files', 'finish', 'warn_rules', 'do_score', 'do_compare', 'add_doctor', 'do_doctor', 'add_run',
-           'do_run', 'add_judge', 'do_judge', 'eval_arms', 'add_score', 'main_eval']
+           'do_run', 'add_judge', 'do_judge', 'add_import', 'do_import', 'add_export', 'do_export', 'eval_arms',
+           'add_score', 'main_eval']
 
 # %% ../nbs/90b_eval.ipynb #42a80546
 import argparse, json, os, sys
@@ -173,6 +174,59 @@ def do_judge(
     print(f"records: {args.out}/judgements.jsonl")
     return int(bool(found["unjudged"]))
 
+# %% ../nbs/90b_eval.ipynb #1dec1583
+def add_import(
+    p # argparse parser
+):
+    "Options of `import-lmms`."
+    p.add_argument("logs", nargs="+", metavar="LOG", help="..._samples_TASK.jsonl, or a folder that holds them; several files are parts of one run")
+    p.add_argument("--out", required=True, help="folder for items.jsonl and predictions.jsonl, and for judgements.jsonl where the log holds a judge's words")
+    p.add_argument("--benchmark", choices=list(FAMILIES), metavar="BENCHMARK", help="default: by the name of the task")
+    p.add_argument("--items", help="official file or folder, or data set, where the log does not hold its questions")
+    p.add_argument("--split", help="part of the items")
+
+# %% ../nbs/90b_eval.ipynb #d0749f33
+def do_import(
+    args # parsed arguments
+)->int: # exit status
+    "Items and predictions from a log of lmms-eval."
+    from realign_nb.lmms import claimed_mean, lmms_judgements, lmms_samples, read_log
+    path, out = args.logs[0] if len(args.logs)==1 else args.logs, Path(args.out)
+    name = args.benchmark or read_log(path)[0]
+    given = load_items(name, args.items, args.split) if args.items else None
+    name, items, predictions = lmms_samples(path, name, given)
+    files = dict(items=items, predictions=predictions)
+    if find_benchmark(name).judged:
+        try: files["judgements"] = lmms_judgements(path, name, given)
+        except ValueError as e: print(f"note: {e}", file=sys.stderr)
+    out.mkdir(parents=True, exist_ok=True)
+    for f, rows in files.items(): (out/f"{f}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False)+"\n" for r in rows), encoding="utf-8")
+    print(f"{name}: " + ", ".join(f"{len(rows)} {f}" for f, rows in files.items()) + f": {out.name}")
+    if (mean := claimed_mean(predictions)) is not None: print(f"lmms-eval's own scoring gives {mean:.4f} per answer; realign-eval score names its rule")
+    return 0
+
+# %% ../nbs/90b_eval.ipynb #207d599a
+def add_export(
+    p # argparse parser
+):
+    "Options of `export-lmms`."
+    p.add_argument("--out", required=True, help="folder of the tasks, for --include_path")
+    p.add_argument("--benchmarks", nargs="+", choices=list(FAMILIES), metavar="BENCHMARK", help="default: all")
+    p.add_argument("--owner", default="lmms-lab-encoder", help="of the data sets on the hub; older releases of lmms-eval: lmms-lab (default: %(default)s)")
+    p.add_argument("--model", default="llava_hf", help="model class of lmms-eval (default: %(default)s)")
+    p.add_argument("--model-args", default="pretrained=llava-hf/llava-1.5-7b-hf", help="its arguments (default: %(default)s)")
+    p.add_argument("--logs", default="lmms_logs", help="folder of the logs (default: %(default)s)")
+
+# %% ../nbs/90b_eval.ipynb #1838c789
+def do_export(
+    args # parsed arguments
+)->int: # exit status
+    "Tasks for lmms-eval that ask the paper's questions, and the command that runs them."
+    from realign_nb.lmms_tasks import command_line, write_tasks
+    tasks = write_tasks(args.out, args.benchmarks, args.owner)
+    print(command_line(args.out, tasks, args.logs, args.model, args.model_args))
+    return 0
+
 # %% ../nbs/90b_eval.ipynb #27970c75
 def eval_arms(
     argv # words after `arms`
@@ -190,15 +244,17 @@ def add_score(
     add_files(p, "--predictions")
     p.add_argument("--records", metavar="FILE", help="also write every record with its parse under each rule, as JSON lines")
 
-# %% ../nbs/90b_eval.ipynb #52f6ce5b
+# %% ../nbs/90b_eval.ipynb #eb7b4b04
 COMMANDS = { # name -> (what it does, options, work)
     "score": ("Score predictions, or judge records, under a named rule.", add_score, do_score),
     "compare": ("Paired difference of two models.", lambda p: add_files(p, "--a", "--b"), do_compare),
     "run": ("Ask a model the questions of a benchmark.", add_run, do_run),
     "judge": ("Ask a judge about answers.", add_judge, do_judge),
-    "doctor": ("Say which data is here, what is missing, and where it comes from.", add_doctor, do_doctor)}
+    "doctor": ("Say which data is here, what is missing, and where it comes from.", add_doctor, do_doctor),
+    "import-lmms": ("Items and predictions from a log of lmms-eval.", add_import, do_import),
+    "export-lmms": ("Write tasks for lmms-eval that ask the paper's questions.", add_export, do_export)}
 
-# %% ../nbs/90b_eval.ipynb #95f630e2
+# %% ../nbs/90b_eval.ipynb #3e1495fb
 def main_eval(
     argv=None # words after the program's name; None takes those of the shell
 )->int: # exit status
@@ -216,5 +272,5 @@ def main_eval(
     if not name.startswith("-") and Path(name).is_dir(): return eval_arms(argv)
     if name not in ("-h", "--help"): print(f"error: {name!r} is neither a command nor a run folder", file=sys.stderr)
     rows = [[n, about] for n,(about,*_) in COMMANDS.items()] + [["arms", "Evaluate the arms of a run folder and write its report; `realign-eval FOLDER` is short for it."]]
-    print("usage: realign-eval COMMAND ...\n\n" + "\n".join(f"  {n:8} {about}" for n,about in rows) + "\n\nrealign-eval COMMAND --help lists its options", file=sys.stdout if name in ("-h", "--help") else sys.stderr)
+    print("usage: realign-eval COMMAND ...\n\n" + "\n".join(f"  {n:11} {about}" for n,about in rows) + "\n\nrealign-eval COMMAND --help lists its options", file=sys.stdout if name in ("-h", "--help") else sys.stderr)
     return 0 if name in ("-h", "--help") else 2

@@ -115,42 +115,50 @@ def item_of(
     if benchmark=="scienceqa" and not seen: item["image"] = None
     return {k: v for k, v in item.items() if not (bare and k in ("image", "image_id"))}
 
-# %% ../nbs/40i_lmms.ipynb #babedd37
+# %% ../nbs/40i_lmms.ipynb #d4369401
 def _core(question): return question.replace(" Please answer yes or no.", "").replace(SHORT, "").strip()
 
 JOINS = { # benchmark -> function: item -> what it shares with its line; the others are joined by row
     "pope": lambda i: str(i["question_id"]), "mme": lambda i: (i["category"], Path(str(i["image"])).stem, _core(i["question"])),
     "hallusionbench": lambda i: tuple(str(i[k]) for k in ("category", "subcategory", "set_id", "figure_id", "question_id")),
-    "mmbench": lambda i: str(i["index"]), "textvqa": lambda i: str(i["question_id"]), "vizwiz": lambda i: Path(str(i["question_id"])).stem,
+    "mmbench": lambda i: str(i["index"]), "textvqa": lambda i: str(i["question_id"]), "vizwiz": lambda i: str(i["question_id"]).split(".")[0],
     "mmvet": lambda i: str(i["question_id"]), "llavabench": lambda i: (i["text"].strip(), i["reference"].strip()), "chair": lambda i: str(i["image_id"])}
 
-# %% ../nbs/40i_lmms.ipynb #785e48c9
+# %% ../nbs/40i_lmms.ipynb #43a09482
 def known_of(
     benchmark:str, # key of `JOINS`
     logged:Logged  # a line that does not hold its question
 )->dict|None: # the fields that `JOINS` reads; None: no id but the row
     "What the scoring of a task tells about its question."
-    line, score = logged.line, lambda *names: next((line[n] for n in names if isinstance(line.get(n), dict)), {})
+    line, part = logged.line, logged.part
     try:
-        if benchmark=="pope" and logged.part: return dict(question_id=f"{logged.part}/{score('pope_accuracy')['question_id']}")
-        if benchmark=="mme": return dict(category=(m := score("mme_perception_score", "mme_cognition_score"))["category"], image=m["question_id"], question=line["input"])
-        if benchmark=="textvqa": return dict(question_id=score("submission")["question_id"])
-        if benchmark=="vizwiz": return dict(question_id=score("submission")["image"])
-    except KeyError as e: raise ReadError(f"{logged.where}: field {e} is missing, and so is the question; is this a log of {logged.task}?") from None
+        if benchmark=="pope" and part: return dict(question_id=f"{part}/{line['pope_accuracy']['question_id']}")
+        if benchmark=="mme": return dict(category=(m := line.get("mme_perception_score") or line["mme_cognition_score"])["category"], image=m["question_id"], question=line["input"])
+        if benchmark in ("textvqa", "vizwiz"): return dict(question_id=line["submission"]["question_id" if benchmark=="textvqa" else "image"])
+    except (KeyError, TypeError): pass
 
-# %% ../nbs/40i_lmms.ipynb #ddd94f91
+# %% ../nbs/40i_lmms.ipynb #3bed8cba
+_ANSWERS = dict(pope=lambda i: i["label"], mme=lambda i: i["answer"], scienceqa=answer_letter, mmbench=lambda i: i["answer"], mmvet=lambda i: i["answer"],
+                llavabench=lambda i: i["reference"], hallusionbench=lambda i: i.get("gt_answer_details")) # what `target` of a line must be
+
 def _row(benchmark, logged, items):
     "The item in the row that a line names, if both agree"
-    where, _, line = logged; n, words = line["doc_id"], str(*need(line, where, "input"))
+    where, _, line = logged; n, words, target = line["doc_id"], str(*need(line, where, "input")), str(line.get("target"))
     if not 0<=n<len(items): raise ReadError(f"{where}: doc_id {n} is no row of the {len(items)} items; they must be the data set of the log, whole and in its order")
-    i = items[n]; text, answer = (i.get("text"), i["label"]) if benchmark=="pope" else (i.get("question"), answer_letter(i))
-    good = (_core(text) in words and all(str(c) in words for c in i.get("choices", ()))
-            and str(line.get("target")).lower() in (answer.lower(), str(i.get("answer"))))
-    if not good: raise ReadError(f"{where}: asks {words[:60]!r}, answer {line.get('target')!r}, but item {i['question_id']} in row {n} is {text[:60]!r}, answer {answer!r}; "
+    i = items[n]; text, answer = _core(i.get("text") or i.get("question") or ""), _ANSWERS.get(benchmark, lambda i: None)(i)
+    good = text.casefold() in words.casefold() and all(str(c) in words for c in i.get("choices", ())) and (answer is None or target.strip().casefold() in (str(answer).strip().casefold(), str(i.get("answer"))))
+    if benchmark=="chair": good, answer = set(re.findall(r"'([^']*)'", target))==set(i["objects"]), i["objects"] # every question is the same
+    if not good: raise ReadError(f"{where}: asks {words[:60]!r}, answer {target[:60]!r}, but row {n} of the items asks {text[:60]!r}, answer {str(answer)[:60]!r}; "
                                  "this log has no id but the row, so items must be its data set in its order (read_items with the data set's folder or name)")
     return i
 
-# %% ../nbs/40i_lmms.ipynb #865c0d09
+# %% ../nbs/40i_lmms.ipynb #82baa577
+def _of_parts(benchmark, items, parts): # the items of the parts that were logged
+    has = dict(pope=lambda i: (i.get("category"), i.get("split")), hallusionbench=lambda i: ("non_image" if str(i["visual_input"])=="0" else "image",),
+               scienceqa=lambda i: ("img",) if i.get("image") else ()).get(benchmark)
+    return [i for i in items if set(has(i)) & parts] if has and None not in parts else items
+
+# %% ../nbs/40i_lmms.ipynb #f9e9bad4
 def find_items(
     benchmark:str, # that was logged
     lines:list,    # of `Logged`
@@ -158,9 +166,10 @@ def find_items(
 )->list: # one item per line; None: not among them
     "The item of every line."
     out, table = [], {JOINS[benchmark](i): i for i in items} if benchmark in JOINS else {}
+    rows = {part: _of_parts(benchmark, items, {part}) for part in {l.part for l in lines}}
     for l in lines:
         known = (item_of(benchmark, l) or known_of(benchmark, l)) if table else None
-        out.append(table.get(JOINS[benchmark](known)) if known else _row(benchmark, l, items))
+        out.append(table.get(JOINS[benchmark](known)) if known else _row(benchmark, l, rows[l.part]))
     return out
 
 # %% ../nbs/40i_lmms.ipynb #b9c73a94
@@ -180,12 +189,6 @@ def own_items(
         if {**i, "question_id": 0}!={**known, "question_id": 0}: raise ReadError(f"{l.where}: another question in row {k[1]} than {where}; the files are logs of different data")
         out.append(known)
     return out
-
-# %% ../nbs/40i_lmms.ipynb #82baa577
-def _of_parts(benchmark, items, parts): # the items of the parts that were logged
-    has = dict(pope=lambda i: (i.get("category"), i.get("split")), hallusionbench=lambda i: ("non_image" if str(i["visual_input"])=="0" else "image",),
-               scienceqa=lambda i: ("img",) if i.get("image") else ()).get(benchmark)
-    return [i for i in items if set(has(i)) & parts] if has and None not in parts else items
 
 # %% ../nbs/40i_lmms.ipynb #08524cf3
 def lmms_samples(
@@ -232,7 +235,7 @@ def _verdict(line): # HallusionBench
     if not cut: raise KeyError("gpt_answer")
     return (None, None, "unclear, which lmms-eval also writes when a call fails") if said.strip()=="unclear" else (said, None, None)
 
-# %% ../nbs/40i_lmms.ipynb #a492cbf9
+# %% ../nbs/40i_lmms.ipynb #cda65528
 def lmms_judgements(
     path,               # as in `lmms_samples`; HallusionBench: also hallusion_output_vd_model.json and its twin, or their folder
     benchmark:str=None, # None: by the name of the task
@@ -243,7 +246,7 @@ def lmms_judgements(
     files = [f for p in map(Path, files) for f in (sorted(p.rglob("hallusion_output_v?_model.json")) if p.is_dir() and benchmark in (None, "hallusionbench") else [p]*p.name.startswith("hallusion_output_"))]
     if files: benchmark, lines = "hallusionbench", [Logged(where, None, dict(doc_id=n, aAcc=r)) for n, (where, r) in enumerate(x for f in files for x in records(f))]
     else: benchmark, lines = read_log(path, benchmark)
-    if benchmark=="mmvet": raise ReadError(f"{lines[0].where}: MM-Vet's log holds the number that was read, not the judge's words, and 0 for a failed call; judge the answers again: realign-eval judge mmvet")
+    if benchmark=="mmvet": raise ReadError(f"{lines[0].where}: MM-Vet's log never holds the judge's words, at most the number read from them, which is 0 for a failed call, too; judge the answers: realign-eval judge mmvet")
     read = dict(llavabench=_review, hallusionbench=_verdict).get(benchmark)
     if not read: raise ReadError(f"{lines[0].where}: {benchmark} has no judge; its answers are scored as they are")
     found, out = find_items(benchmark, lines, items) if items else own_items(benchmark, lines), []

@@ -38,12 +38,12 @@ def show(
     if image is None and str(doc.get("visual_input", "0")) != "0": raise ValueError("a question of HallusionBench lost its picture: " + str(doc.get("filename")))
     return [] if image is None else [image.convert("RGB")]
 
-# %% ../nbs/40ia_lmms_tasks.ipynb #eba8858a
+# %% ../nbs/40ia_lmms_tasks.ipynb #8d7099ce
 def expect(
     doc # row of the data set
 ): # text
     "The answer, for the log."
-    return str(next((doc[k] for k in ("answer", "gt_answer", "gpt_answer") if doc.get(k) is not None), ""))
+    return str(next((doc[k] for k in ("answer", "gt_answer_details", "gpt_answer", "gt_object") if doc.get(k) is not None), ""))
 
 # %% ../nbs/40ia_lmms_tasks.ipynb #effd2375
 def keep(
@@ -92,7 +92,7 @@ def write_tasks(
     (folder/"realign_tasks.py").write_text("\n\n".join([head, *map(inspect.getsource, (ask, show, expect, keep)), count]), encoding="utf-8")
     return [f"realign_{t}" for t in names]
 
-# %% ../nbs/40ia_lmms_tasks.ipynb #56e3ee5f
+# %% ../nbs/40ia_lmms_tasks.ipynb #a0684b25
 def command_line(
     folder,                                                     # of `write_tasks`
     tasks:list,                                                 # names of tasks
@@ -100,8 +100,8 @@ def command_line(
     model:str="llava_hf",                                       # name of the model class in lmms-eval
     model_args:str="pretrained=llava-hf/llava-1.5-7b-hf"        # its arguments
 )->str: # one line for a shell
-    "The command that writes the logs. Pictures are read again for the log where only they tell what was asked."
+    "The command that writes the logs. Pictures are read again for the log where only they tell what was asked. No `--predict_only`: it would switch `keep` off."
     media = ["--process_with_media"] if any("scienceqa" in t for t in tasks) else []
     words = ["python", "-m", "lmms_eval", "--model", model, "--model_args", model_args, "--include_path", str(folder), "--tasks", ",".join(tasks),
-             "--batch_size", "1", "--predict_only", "--log_samples", *media, "--output_path", str(out)]
+             "--batch_size", "1", "--log_samples", *media, "--output_path", str(out)]
     return shlex.join(words)

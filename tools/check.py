@@ -53,7 +53,7 @@ def house(): return run(TOOLS / "check_house.py")
 def notebooks(): return run(TOOLS / "run_notebooks.py", "--check", "-j", 2)
 
 
-def tests(): return run("-m", "pytest", "tests", "-m", "not slow", "--durations=5", "-q")
+def tests(): return run("-m", "pytest", "tests", "-m", "not slow", "--durations=5", "-q", "-n", "2", "--dist", "loadfile") # fixtures belong to files
 
 
 def docs(): return run(TOOLS / "make_readme.py", "--check") & run(TOOLS / "check_docs.py")
