@@ -12,7 +12,7 @@ import numpy as np
 from .join import FAMILIES, Benchmark, Row, data_sha256, find_benchmark, find_key, find_rule, join_id, parse, read_rows, the_judge
 from .stats import bootstrap, holm, mcnemar, swap_test, wilson
 
-# %% ../nbs/40_bench.ipynb #d8d0973e
+# %% ../nbs/40_bench.ipynb #7b10cbae
 @dataclass
 class Counts:
     "What one file of predictions comes to: `table` has a row per unit, sorted by id."
@@ -21,7 +21,7 @@ class Counts:
     table: object  # `[U, R, G, C]`; R judge runs, 1 where there is no judge
     right: dict    # id -> (part, answered correctly), where the benchmark is about right and wrong
     faults: dict   # missing, duplicate, unmatched, unparsable (and unjudged): ids
-    judge: object  # name of the judge, or None
+    judge: object  # of `the_judge`; None where there is no judge
     data_sha256: str # of the items
 
     @property
@@ -73,7 +73,7 @@ def fault_report(
     "What was wrong with the predictions."
     return {k: sum(len(c.faults[k]) for c in counts) for k in counts[0].faults} | dict(ids=[{k: sorted(v)[:5] for k,v in c.faults.items() if v} for c in counts])
 
-# %% ../nbs/40_bench.ipynb #2cf82d73
+# %% ../nbs/40_bench.ipynb #bf67f68d
 def score_seeds(
     benchmark:str,      # key of `FAMILIES`
     items:list,         # of the benchmark
@@ -87,7 +87,7 @@ def score_seeds(
     names, f = metric_function(benchmark, counts[0]); mean = lambda s: f(s).mean(-2)
     table, per_run, per_seed = np.mean([c.flat for c in counts], 0), f(counts[0].flat.sum(0)), np.stack([mean(c.flat.sum(0)) for c in counts])
     spread = per_seed.std(0, ddof=1) if len(counts)>1 else per_run.std(0) if len(per_run)>1 else None
-    judged = dict(judge=counts[0].judge, runs=len(per_run), per_run=[_named(names, v) for v in per_run]) if b.judged else {}
+    judged = dict(**counts[0].judge, runs=len(per_run), per_run=[_named(names, v) for v in per_run]) if b.judged else {}
     plain = [v for _,v in counts[0].right.values()] if len(counts)==1 else []
     return dict(benchmark=benchmark, rule=find_rule(benchmark, rule), scale=b.scale, n=len(items), units=len(table), **({"images": len(table)} if b.per=="image" else {}), seeds=list(predictions), **judged,
                 metrics=_named(names, mean(table.sum(0))), intervals=_named(names, bootstrap(table, mean, resamples, seed)),
@@ -129,7 +129,7 @@ def pair_seeds(
     if len(a)>1<len(b) and {*a}!={*b}: raise ValueError(f"seeds {sorted(a)} against {sorted(b)}; compare the same seeds")
     return {s: (a[s] if len(a)>1 else next(iter(a.values())), b[s] if len(b)>1 else next(iter(b.values()))) for s in (a if len(a)>1 else b)}
 
-# %% ../nbs/40_bench.ipynb #afef93f4
+# %% ../nbs/40_bench.ipynb #9ef8e2be
 def compare_seeds(
     benchmark:str,         # key of `FAMILIES`
     items:list,            # of the benchmark
@@ -145,6 +145,8 @@ def compare_seeds(
     first, per = next(iter(counts.values()))[0], find_benchmark(benchmark, rule).per
     names, g = metric_function(benchmark, first); f = lambda s: g(s).mean(-2)
     if len({c.table.shape for cs in counts.values() for c in cs})>1: raise ValueError("a and b differ in units, groups or judge runs; score both on the same items with the same number of runs")
+    judges = {(c.judge["judge"], c.judge["template_sha256"]) for cs in counts.values() for c in cs if c.judge}
+    if len(judges)>1: raise ValueError(f"a and b were judged by different judges or texts ({', '.join(sorted(map(str, judges)))}); have both judged by one")
     each_a, each_b = ([cs[n].flat for cs in counts.values()] for n in (0, 1))
     ta, tb = np.mean(each_a, 0), np.mean(each_b, 0); width = ta.shape[1]
     difference = lambda s: f(s[...,:width]) - f(s[...,width:])
@@ -152,7 +154,7 @@ def compare_seeds(
     per_seed = np.stack([f(x.sum(0)) - f(y.sum(0)) for x,y in zip(each_a, each_b)])
     return dict(benchmark=benchmark, rule=find_rule(benchmark, rule), scale=find_benchmark(benchmark).scale, n=len(items), units=len(ta), **({"images": len(ta)} if per=="image" else {}), seeds=list(counts), data_sha256=first.data_sha256,
                 a=_named(names, f(ta.sum(0))), b=_named(names, f(tb.sum(0))), difference=_named(names, f(ta.sum(0))-f(tb.sum(0))), intervals=_named(names, ends), p=_named(names, p),
-                test=f"swap permutation by {per}, two-sided, {permutations} swaps, seed {seed}", interval=f"95 %, percentile bootstrap over {per}s, {resamples} resamples, seed {seed}",
+                **(first.judge or {}), test=f"swap permutation by {per}, two-sided, {permutations} swaps, seed {seed}", interval=f"95 %, percentile bootstrap over {per}s, {resamples} resamples, seed {seed}",
                 spread=_named(names, per_seed.std(0, ddof=1)) if len(counts)>1 else None, per_seed=[_named(names, v) for v in per_seed], faults={x: fault_report([cs[n] for cs in counts.values()]) for n,x in enumerate("ab")})
 
 # %% ../nbs/40_bench.ipynb #a0831e15
@@ -167,7 +169,7 @@ def drop_unjudged(
     keys = [find_key(benchmark, items, p) for p in files]
     return [i for k,i in zip(keys[0][1], items) if k not in lost], [[p for p in f if join_id(p, key) not in lost] for f,(key,_) in zip(files, keys)]
 
-# %% ../nbs/40_bench.ipynb #1d4c6e5d
+# %% ../nbs/40_bench.ipynb #6e1a7563
 def compare(
     benchmark:str,      # key of `FAMILIES`
     items:list,         # of the benchmark
@@ -178,6 +180,7 @@ def compare(
     "Paired difference of two models. McNemar's p ignores that records share units and is therefore optimistic."
     files, n = [predictions_a, predictions_b], len(items)
     if find_benchmark(benchmark, rule).judged: items, files = drop_unjudged(benchmark, items, files, rule)
+    if not items: raise ValueError(f"{benchmark}: no item has a verdict on both sides; have the answers judged again")
     a, b = (count(benchmark, items, p, rule) for p in files)
     out = compare_seeds(benchmark, items, {0: a}, {0: b}, rule) | dict(left_out=n-len(items))
     known = [m for m,p in out["p"].items() if p is not None]

@@ -61,7 +61,16 @@ def warn_rules(
     if benchmark not in BENCHMARKS or find_benchmark(benchmark).judged: return
     if text := rule_disagreement(items, predictions, benchmark, warn)["warning"]: print(f"note: {text}", file=sys.stderr)
 
-# %% ../nbs/90b_eval.ipynb #fa1e2e73
+# %% ../nbs/90b_eval.ipynb #de377c86
+def _made_with(folder, s):
+    "Settings of the run that made the predictions, where they are beside them and of these items"
+    try: found = json.loads((folder/"manifest.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError): return {}
+    if not isinstance(found, dict) or found.get("benchmark")!=s["benchmark"]: return {}
+    if found.get("data_sha256")!=s["data_sha256"]: print("note: these predictions were made for other items, or for a part of them; the checksums of the data differ", file=sys.stderr)
+    return dict(made_with=found)
+
+# %% ../nbs/90b_eval.ipynb #f54c3512
 def do_score(
     args # parsed arguments
 )->int: # exit status
@@ -70,8 +79,7 @@ def do_score(
     with located(places):
         if args.image_only: items, predictions = with_image(args.benchmark, items, predictions)
         s = score(args.benchmark, items, predictions, args.rule)
-    manifest = Path(args.predictions[0]).parent/"manifest.json"
-    if manifest.is_file(): s["made_with"] = json.loads(manifest.read_text(encoding="utf-8"))["settings"]
+    s |= _made_with(Path(args.predictions[0]).parent, s)
     if args.records:
         with open(args.records, "w", encoding="utf-8") as f: f.writelines(json.dumps(r, ensure_ascii=False)+"\n" for r in records(args.benchmark, items, predictions, args.rule))
     warn_rules(args.benchmark, items, predictions)
@@ -254,7 +262,7 @@ COMMANDS = { # name -> (what it does, options, work)
     "import-lmms": ("Items and predictions from a log of lmms-eval.", add_import, do_import),
     "export-lmms": ("Write tasks for lmms-eval that ask the paper's questions.", add_export, do_export)}
 
-# %% ../nbs/90b_eval.ipynb #3e1495fb
+# %% ../nbs/90b_eval.ipynb #511f1a21
 def main_eval(
     argv=None # words after the program's name; None takes those of the shell
 )->int: # exit status
@@ -266,8 +274,8 @@ def main_eval(
         about, options, work = COMMANDS[name]
         p = argparse.ArgumentParser(prog=f"realign-eval {name}", description=about); options(p)
         try: return work(p.parse_args(rest))
-        except (ValueError, ImportError) as e: print(f"error: {e}", file=sys.stderr); return 2
         except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()); return 0      # `| head` has seen enough
+        except (ValueError, ImportError, OSError) as e: print(f"error: {e}", file=sys.stderr); return 2
         except KeyboardInterrupt: print("\nstopped; the same command continues", file=sys.stderr); return 130
     if not name.startswith("-") and Path(name).is_dir(): return eval_arms(argv)
     if name not in ("-h", "--help"): print(f"error: {name!r} is neither a command nor a run folder", file=sys.stderr)

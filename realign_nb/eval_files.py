@@ -18,7 +18,7 @@ from .sources import records as file_records
 # %% ../nbs/90a_eval_files.ipynb #dbc5b896
 LISTS = ("answers", "choices", "capability", "objects", "kinds", "references", "ocr_tokens") # fields of items that a table holds as JSON
 
-# %% ../nbs/90a_eval_files.ipynb #397fc2d1
+# %% ../nbs/90a_eval_files.ipynb #48ed2a2b
 def read_file(
     path # .json, .jsonl, .tsv or .csv
 )->list: # of (place, record)
@@ -26,7 +26,11 @@ def read_file(
     path = Path(path)
     if not path.is_file(): raise ValueError(f"{path}: no such file")
     if path.suffix not in (".json", ".jsonl", ".tsv", ".csv"): raise ValueError(f"{path}: of an unknown kind; write .json, .jsonl, .tsv or .csv")
+    if path.suffix in (".csv", ".tsv"):
+        try: path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as e: raise ValueError(f"{path.name}: not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from None
     if path.suffix==".csv":
+        csv.field_size_limit(2**31-1)
         with open(path, encoding="utf-8-sig", newline="") as f: rows = [(reader.line_num, r) for reader in [csv.DictReader(f)] for r in reader]
         if bad := next((n for n, r in rows if None in r or None in r.values()), None): raise ValueError(f"{path.name}, line {bad}: has another number of cells than the header; quote cells with commas")
         found = [(f"{path.name}, line {n}", r) for n, r in rows]
@@ -113,7 +117,7 @@ def fault_lines(
     ids = {k: sum((of.get(k, []) for of in s["ids"]), []) for k in kinds}
     return [", ".join(f"{s[k]} {k}" for k in kinds)] + [f"  {k}: {', '.join(ids[k][:5])}{' ...' if s[k]>len(ids[k][:5]) else ''}" for k in kinds if ids[k]]
 
-# %% ../nbs/90a_eval_files.ipynb #9c091586
+# %% ../nbs/90a_eval_files.ipynb #c0dd238c
 def score_text(
     s:dict # from `bench.score`
 )->str: # a table
@@ -121,7 +125,7 @@ def score_text(
     spread = s["spread"] or {}
     rows = [[m, show(v, s["scale"]), show(s["intervals"][m], s["scale"])] + ([show(spread.get(m), s["scale"])] if spread else []) for m,v in s["metrics"].items()]
     lines = [f"{s['benchmark']}, rule {s['rule']}, scale {s['scale']}: {s['n']} items in {s['units']} units, data {s['data_sha256'][:12]}"]
-    if "runs" in s: lines += [f"judge {s['judge'] or 'not named'}, {s['runs']} runs"]
+    if "runs" in s: lines += [f"judge {s['judge'] or 'not named'}, {', '.join(s['judged_on']) or 'no date'}, {s['runs']} runs"]
     if s["right"]: lines += [f"right {s['right']['n']} of {s['right']['of']}; Wilson, records taken as independent: {show(s['right']['wilson'], 'share')}"]
     return "\n".join([*lines, *fault_lines(s), "", columns(["metric", "value", "interval"]+["spread"]*bool(spread), rows), "", s["interval"]])
 

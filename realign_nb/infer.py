@@ -16,7 +16,7 @@ from .readers import MAX_NEW_TOKENS, prompt, prompt_name
 from .servers import Reply, text_hash
 from .sources import Picture, in_folder
 
-# %% ../nbs/40h_infer.ipynb #a8fbcf69
+# %% ../nbs/40h_infer.ipynb #2e0ba134
 def open_item(
     benchmark:str, # key of `readers.PROMPTS`
     item:dict,     # of the benchmark
@@ -24,7 +24,7 @@ def open_item(
 ): # PIL image, or None for a question without one; `ImageError` says what is wrong
     "The picture that belongs to a question."
     ref = item.get("image")
-    if benchmark=="hallusionbench" and str(item.get("visual_input"))=="0" or benchmark=="scienceqa" and ref is None: return None
+    if benchmark=="hallusionbench" and str(item.get("visual_input"))=="0" or benchmark=="scienceqa" and ref is None and "image" in item: return None
     if ref is None: raise ImageError("the record names no picture; without it the question is not asked")
     if isinstance(ref, Picture) and ref.source is not None: return ref.open()
     if not isinstance(ref, str) or Path(ref).is_absolute(): return open_image(ref)

@@ -107,7 +107,7 @@ def find_key(
         wrong = f"prediction 1 needs {' and '.join(map(repr, key))}, it has {sorted(first)}; is this the right file?"
     raise ValueError(wrong)
 
-# %% ../nbs/39_join.ipynb #69223590
+# %% ../nbs/39_join.ipynb #0c8dacee
 def join_answers(
     benchmark:str,   # key of `FAMILIES`
     key:tuple,       # from `find_key`
@@ -122,10 +122,11 @@ def join_answers(
         if field is None or any(k not in p for k in key):
             if b.judged and "text" in p: raise ValueError(f"prediction {n} is an answer, and {benchmark} is scored from a judge's replies; have the answers judged first (realign-eval judge)")
             raise ValueError(f"prediction {n} needs {' and '.join(map(repr, key))} and a text {' or '.join(map(repr, b.answers))}, it has {sorted(p)}; is this the right file?")
+        if b.judged and type(p.get("run", 0)) is not int: raise ValueError(f"prediction {n}: 'run' is {p['run']!r}, not a whole number")
         if not isinstance(p[field], str) and not (b.judged and p[field] is None): raise ValueError(f"prediction {n}: {field!r} is {p[field]!r}, not a text; leave out what was not answered")
         k, texts = join_id(p, key), runs.setdefault(p.get("run", 0) if b.judged else 0, {})
         if k not in ids: unmatched.append(k)
-        elif k in texts: duplicate.append(k)
+        elif texts.get(k) is not None or k in texts and p[field] is None: duplicate.append(k)      # a verdict replaces an earlier failure
         else: texts[k] = p[field]
     if predictions and not any(runs.values()):
         raise ValueError(f"no prediction fits an item: {' + '.join(key)} {unmatched[0]!r} there, {min(ids)!r} in the items; is this the right file?")
@@ -142,7 +143,7 @@ def data_sha256(
         return text({k: str(v) if type(v) is int else v for k,v in i.items() if k!="image"} | {"image": x for x in name})
     return hashlib.sha256("\n".join(sorted(map(plain, items))).encode()).hexdigest()
 
-# %% ../nbs/39_join.ipynb #546e44ac
+# %% ../nbs/39_join.ipynb #2279d207
 def read_rows(
     benchmark:str,    # key of `FAMILIES`
     items:list,       # of the benchmark
@@ -151,7 +152,9 @@ def read_rows(
 )->tuple: # ({run: {id: `Row`}} with ids in order, ids by kind of fault)
     "Check the items, join, and read every answer by one rule."
     b, rule = find_benchmark(benchmark, rule), find_rule(benchmark, rule)
-    for i in items: b.check(i)
+    for n, i in enumerate(items, 1):
+        try: b.check(i)
+        except (TypeError, AttributeError, KeyError) as e: raise ValueError(f"item {n}: a field is missing or of the wrong kind ({e!r}); correct the record") from None
     key, ids = find_key(benchmark, items, predictions)
     runs, duplicate, unmatched = join_answers(benchmark, key, ids, predictions, rule)
     of = dict(sorted(zip(ids, items), key=lambda x: x[0]))
@@ -163,11 +166,14 @@ def read_rows(
         if b.judged: faults["unjudged"] += [k for k,row in rows[r].items() if row.parse is None]
     return rows, faults
 
-# %% ../nbs/39_join.ipynb #c8a4a9b9
+# %% ../nbs/39_join.ipynb #df5a6e9c
 def the_judge(
     predictions:list # judge records
-): # the judge's name; None where the records name none
-    "Who judged; two judges in one score are an error."
-    names = sorted({str(p["judge"]) for p in predictions if p.get("judge")})
-    if len(names)>1: raise ValueError(f"records of {len(names)} judges ({', '.join(names)}) do not make one score; keep one judge's records")
-    return names[0] if names else None
+)->dict: # judge, template, template_sha256 (None where the records name none), judged_on (dates)
+    "Who judged, by which text and when; two judges or two texts in one score are an error."
+    said, out = [p for p in predictions if p.get("reply") is not None], {}
+    for field, word in (("judge", "judges"), ("template", "texts for the judge"), ("template_sha256", "texts for the judge")):
+        names = sorted({str(p[field]) if p.get(field) else "none named" for p in said})
+        if len(names)>1: raise ValueError(f"records of {len(names)} {word} ({', '.join(names)}) do not make one score; keep those of one")
+        out[field] = names[0] if names and names[0]!="none named" else None
+    return out | dict(judged_on=sorted({str(p["date"]) for p in said if p.get("date")}))

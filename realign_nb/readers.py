@@ -135,8 +135,9 @@ def _llavabench(path, split, pic):
         out.append(r | dict(image=pic(image), caption=captions[image], reference=answers[i]))
     return out
 
-# %% ../nbs/40f_readers.ipynb #3f22ae9a
+# %% ../nbs/40f_readers.ipynb #9d508381
 def _chair(path, split, pic):
+    if Path(path).is_file(): raise ReadError(f"{path}: is a file; CHAIR's official files are a folder of COCO's annotations with a list of ids")
     files = [find_files(path, f"{kind}_*2014.json") for kind in ("instances", "captions")]
     ids = json.loads(one_file(path, "*image_ids*.json", "*ids*.json").read_text(encoding="utf-8"))
     return [i | dict(image=pic(i["image"])) for i in coco_items(*files, ids)]
@@ -190,7 +191,7 @@ def dataset_items(
     if benchmark=="mmbench": out = _rotated(out)
     return [i for i in out if benchmark!="pope" or split in (None, i["category"], *splits)]
 
-# %% ../nbs/40f_readers.ipynb #3f30af7a
+# %% ../nbs/40f_readers.ipynb #0f089897
 def read_items(
     benchmark:str,  # key of `OFFICIAL`
     path,           # folder of official files, a file, a folder of a data set, or its name on the hub
@@ -201,10 +202,10 @@ def read_items(
     if benchmark not in OFFICIAL: raise ReadError(f"unknown benchmark {benchmark!r}; known: {', '.join(OFFICIAL)}")
     splits, file = open_splits(path), Path(path)
     pic = lambda name: in_folder(images or (file if file.is_dir() else file.parent), name)
-    first = records(file)[:1] if file.suffix in (".json", ".jsonl") and file.is_file() else []
-    own = benchmark in ("mme", "scienceqa", "mmbench", "mmvet", "llavabench", "chair") and first and all(f in first[0][1] for f in FIELDS[benchmark])
+    found = records(file) if benchmark in ("mme", "scienceqa", "mmbench", "mmvet", "llavabench", "chair") and file.suffix in (".json", ".jsonl") and file.is_file() else []
+    own = found and all(f in found[0][1] for f in FIELDS[benchmark])
     if splits: items = dataset_items(benchmark, splits, split)
-    elif own: items = [r | dict(image=r["image"] and pic(r["image"])) for where, r in records(file) if need(r, where, *(f for f in FIELDS[benchmark] if f!="image"))]
+    elif own: items = [r | dict(image=pic(r["image"])) if r.get("image") else r for where, r in found if need(r, where, *(f for f in FIELDS[benchmark] if f!="image"))]
     else: items = OFFICIAL[benchmark](path, split, pic)
     if not items: raise ReadError(f"{path}: no question of {benchmark}" + (f" in the split {split}" if split else "") + "; `realign-eval doctor` says what belongs there")
     try: find_key(benchmark, items, [])     # ids have to be there, and to differ

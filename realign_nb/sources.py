@@ -43,13 +43,14 @@ FOLDERS = ("", "images", "val2014", "train2014", "train_images", "val", "test", 
 class ReadError(ValueError):
     "A benchmark file that is missing or not what it should be; the text names file, record and field."
 
-# %% ../nbs/40ea_sources.ipynb #7baf6d60
+# %% ../nbs/40ea_sources.ipynb #6c3bcc69
 def in_folder(
     root,    # folder of the benchmark, or of its pictures
     name:str # as the benchmark's file has it
 )->Picture: # found when it is opened, below `root` or one of its `FOLDERS`, with or without the first part of its name
     "A picture by the name in the official file."
-    root, parts = Path(root), Path(str(name).removeprefix("./")).parts
+    if not isinstance(name, str): raise ReadError(f"picture {name!r}: not a name; correct the record")
+    root, parts = Path(root), Path(name.removeprefix("./")).parts
     if not parts or Path(name).is_absolute() or ".." in parts: raise ReadError(f"picture {name!r}: not a name below the benchmark's folder; correct the record")
     def find():
         names = [Path(*parts), *([Path(*parts[1:])] if len(parts)>1 else [])]
