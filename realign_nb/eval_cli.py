@@ -7,11 +7,11 @@ __all__ = ['COMMANDS', 'add_files', 'add_score', 'finish', 'warn_rules', 'do_sco
            'add_run', 'do_run', 'add_judge', 'do_judge', 'add_import', 'do_import', 'add_export', 'do_export',
            'eval_arms', 'main_eval']
 
-# %% ../nbs/90b_eval.ipynb #42a80546
+# %% ../nbs/90b_eval.ipynb #d01971ac
 import argparse, json, os, sys
 from pathlib import Path
 from .bench import compare, records, score
-from .eval_files import compare_text, load_items, load_predictions, located, score_text, with_image
+from .eval_files import compare_text, load_items, load_predictions, located, score_text, with_image, without_collector
 from .join import FAMILIES, find_benchmark, read_rows
 
 # %% ../nbs/90b_eval.ipynb #68d5589a
@@ -70,7 +70,8 @@ def _made_with(folder, s):
     if found.get("data_sha256")!=s["data_sha256"]: print("note: these predictions were made for other items, or for a part of them; the checksums of the data differ", file=sys.stderr)
     return dict(made_with=found)
 
-# %% ../nbs/90b_eval.ipynb #f54c3512
+# %% ../nbs/90b_eval.ipynb #c7261f67
+@without_collector()
 def do_score(
     args # parsed arguments
 )->int: # exit status
@@ -85,7 +86,8 @@ def do_score(
     warn_rules(args.benchmark, items, predictions)
     return finish(s, score_text(s), args, s.get("unjudged", 0))
 
-# %% ../nbs/90b_eval.ipynb #8148fb24
+# %% ../nbs/90b_eval.ipynb #bf4ae45a
+@without_collector()
 def do_compare(
     args # parsed arguments
 )->int: # exit status

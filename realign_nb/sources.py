@@ -43,18 +43,18 @@ FOLDERS = ("", "images", "val2014", "train2014", "train_images", "val", "test", 
 class ReadError(ValueError):
     "A benchmark file that is missing or not what it should be; the text names file, record and field."
 
-# %% ../nbs/40ea_sources.ipynb #6c3bcc69
+# %% ../nbs/40ea_sources.ipynb #645016b8
 def in_folder(
     root,    # folder of the benchmark, or of its pictures
     name:str # as the benchmark's file has it
 )->Picture: # found when it is opened, below `root` or one of its `FOLDERS`, with or without the first part of its name
     "A picture by the name in the official file."
     if not isinstance(name, str): raise ReadError(f"picture {name!r}: not a name; correct the record")
-    root, parts = Path(root), Path(name.removeprefix("./")).parts
-    if not parts or Path(name).is_absolute() or ".." in parts: raise ReadError(f"picture {name!r}: not a name below the benchmark's folder; correct the record")
+    parts = [x for x in name.replace("\\", "/").split("/") if x not in ("", ".")]
+    if not parts or name[0] in "/\\" or ":" in parts[0] or ".." in parts: raise ReadError(f"picture {name!r}: not a name below the benchmark's folder; correct the record")
     def find():
         names = [Path(*parts), *([Path(*parts[1:])] if len(parts)>1 else [])]
-        if hit := next((p for f in FOLDERS for n in names if (p := root/f/n).is_file()), None): return hit
+        if hit := next((p for f in FOLDERS for n in names if (p := Path(root)/f/n).is_file()), None): return hit
         raise ImageError(f"no such file in {root} or its folders {', '.join(f for f in FOLDERS if f)}; copy it there, or give the folder with images= (--images)")
     return picture("/".join(parts), find)
 
