@@ -6,11 +6,11 @@
 __all__ = ['LISTS', 'read_file', 'without_collector', 'load_items', 'with_image', 'located', 'load_predictions', 'show',
            'columns', 'fault_lines', 'score_text', 'compare_text']
 
-# %% ../nbs/90a_eval_files.ipynb #47ad6a5d
+# %% ../nbs/90a_eval_files.ipynb #ca31c02f
 import csv, gc, json, re
 from contextlib import contextmanager
 from pathlib import Path
-from .join import find_benchmark, find_key, join_id
+from .join import find_benchmark, find_key, has_key, join_id
 from .readers import read_items
 from .sources import ReadError
 from .sources import records as file_records
@@ -66,7 +66,7 @@ def load_items(
         except ValueError as e: raise ValueError(f"{where}: {e}") from None
     return [i for _, i in items if split in (None, i.get("split"), i.get("category"))]
 
-# %% ../nbs/90a_eval_files.ipynb #75a41bab
+# %% ../nbs/90a_eval_files.ipynb #5e0413e4
 def with_image(
     benchmark:str,    # key of `FAMILIES`
     items:list,       # of the benchmark
@@ -76,7 +76,7 @@ def with_image(
     def seen(i): return str(i.get("visual_input", 1))!="0" and i.get("image", i.get("filename", True)) not in (None, "")
     key, ids = find_key(benchmark, items, predictions)
     gone = {k for k,i in zip(ids, items) if not seen(i)}
-    return [i for i in items if seen(i)], [p for p in predictions if any(k not in p for k in key) or join_id(p, key) not in gone]
+    return [i for i in items if seen(i)], [p for p in predictions if not has_key(p, key) or join_id(p, key) not in gone]
 
 # %% ../nbs/90a_eval_files.ipynb #299fd728
 @contextmanager

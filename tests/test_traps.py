@@ -220,6 +220,17 @@ def test_mme_sums_are_over_ten_and_four_subtasks():
     assert (m["perception"], m["cognition"], m["OCR/score"], sum(k.endswith("/score") for k in m)) == (1800, 800, 0, 14)
 
 
+# ---- LLaVA's own answer files
+
+@pytest.mark.parametrize("benchmark, field", [("mmbench", "index"), ("scienceqa", "id")])
+def test_question_id_of_an_answer_file_stands_for_the_id(benchmark, field):
+    items, said = CASES[benchmark][0]()
+    if field == "id": items = [{k: v for k, v in i.items() if k != "question_id"} | dict(id=i["question_id"]) for i in items]
+    own = "index" if field == "index" else "question_id"
+    llava = [dict(question_id=p[own], prompt="?", text=p.get("prediction", p.get("text"))) for p in said]
+    assert score(benchmark, items, llava)["metrics"] == score(benchmark, CASES[benchmark][0]()[0], said)["metrics"]
+
+
 # ---- MMBench
 
 def test_mmbench_prompt_joins_the_hint_by_a_line_and_says_nothing_of_several_options():
