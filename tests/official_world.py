@@ -8,7 +8,7 @@ import base64, csv, io, json, random, sys
 from pathlib import Path
 
 from realign_nb.choice import rotations
-from realign_nb.world import CORE, KINDS, caption, draw, make_scenes, question
+from realign_nb.world import KINDS, caption, draw, make_scenes, question
 from realign_nb.yes_no import MME_SUMS, pope_items
 
 NOTE = "Made by tests/official_world.py from the embedded world of realign_nb, in the format of {}. Not the benchmark, and no part of it.\n"

@@ -1,22 +1,16 @@
 """ScienceQA and MMBench: parses record by record, both accuracies, rotations, a judge's letters, and published scores from published answers."""
 import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 
+from published import known_file
 from realign_nb.bench import compare, parse, records, score
 from realign_nb.choice import NOTE, REFUSALS, STEP, add_letters, answer_letter, infer_option, options, rotations, subsets, why_not_circular
 
-KNOWN = [Path(os.environ["REALIGN_KNOWN_ANSWERS"])] if "REALIGN_KNOWN_ANSWERS" in os.environ else []
-KNOWN.append(Path(__file__).parent / "known_answers")
 
 
-def known(name):
-    for folder in KNOWN:
-        if (folder / name).exists(): return json.loads((folder / name).read_text())["rows"]
-    pytest.skip(f"{name} is not here; REALIGN_KNOWN_ANSWERS names the folder that holds it")
+def known(name): return json.loads(known_file(name).read_text(encoding="utf-8"))["rows"]
 
 
 # ---- ScienceQA

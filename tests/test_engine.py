@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from faults import FAULTS, FaultServer, answer, draw_number, spread
 
-from realign_nb.core import append_jsonl, image_hash, read_jsonl
+from realign_nb.core import image_hash, read_jsonl
 from realign_nb.engine import Asking, BudgetReached, Calls
-from realign_nb.masking import check_mask, mask_prompt, rule_mask
+from realign_nb.masking import check_mask, mask_prompt
 from realign_nb.models import ServerVLM, StopAsking, load_vlm
 from realign_nb.world import draw, make_scenes
 

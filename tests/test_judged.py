@@ -1,18 +1,14 @@
 """MM-Vet and LLaVA-Bench from judge replies: the traps of their official rules, and the published runs."""
-import json, math, os, random
-from pathlib import Path
+import json, math, random
 
 import pytest
 
+from published import known_file
 from realign_nb.bench import find_benchmark, parse, records, score
 from realign_nb.judged import BENCHMARKS, CATEGORIES, over_runs, read_grade, read_pair
 
 
-def known(name):
-    "The compact file of published replies, or a skip that says where it is looked for."
-    for folder in (Path(__file__).parent / "known_answers", os.environ.get("REALIGN_KNOWN_ANSWERS")):
-        if folder and (Path(folder) / name).is_file(): return json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-    pytest.skip(f"{name} is not in tests/known_answers, and REALIGN_KNOWN_ANSWERS names no folder that has it")
+def known(name): return json.loads(known_file(name).read_text(encoding="utf-8"))
 
 
 def vet(n=8):

@@ -10,18 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from published import HERE, known_file
 from realign_nb.eval_cli import main_eval
 
-HERE = Path(__file__).parent / "known_answers"
 sys.path.insert(0, str(HERE))
 import convert  # noqa: E402
-
-
-def file(name):
-    "The compact file; those without a licence for copies are elsewhere."
-    for folder in filter(None, (HERE, os.environ.get("REALIGN_KNOWN_ANSWERS"))):
-        if (Path(folder) / f"{name}.json").exists(): return Path(folder) / f"{name}.json"
-    pytest.skip(f"{name}.json may not be copied here (see tests/known_answers/README.md); REALIGN_KNOWN_ANSWERS names no folder that holds it")
 
 
 def run(*argv):
@@ -32,7 +25,7 @@ def run(*argv):
 
 def scored(name, tmp_path, *more, model=None):
     "The score of one compact file, as printed by `realign-eval score --json`."
-    items, predictions = convert.write(file(name), tmp_path, model)
+    items, predictions = convert.write(known_file(f"{name}.json"), tmp_path, model)
     status, out = run("score", convert.FILES[name].__name__, "--items", items, "--predictions", predictions, "--json", *more)
     assert status == 0
     s = json.loads(out)
@@ -90,7 +83,7 @@ def test_llavabench(tmp_path, model, total):
 
 
 def test_vizwiz_uploads_are_reproduced(tmp_path):
-    rows = json.loads(file("vizwiz_llava15_13b_normalised").read_text())["rows"]
+    rows = json.loads(known_file("vizwiz_llava15_13b_normalised.json").read_text())["rows"]
     s = scored("vizwiz_llava15_13b_normalised", tmp_path, "--records", tmp_path / "records.jsonl")
     read = {r["id"]: r["parse"]["llava"] for r in map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())}
     assert s["n"] == 2060 and s["metrics"]["accuracy"] == 100
@@ -98,7 +91,7 @@ def test_vizwiz_uploads_are_reproduced(tmp_path):
 
 
 def test_parts_and_order_of_the_files_change_nothing(tmp_path):
-    items, predictions = convert.write(file("mmvet_llava15_grades"), tmp_path, "7b")
+    items, predictions = convert.write(known_file("mmvet_llava15_grades.json"), tmp_path, "7b")
     whole, lines = run("score", "mmvet", "--items", items, "--predictions", predictions, "--json"), predictions.read_text().splitlines(True)
     for n in range(3): (tmp_path / f"part{n}.jsonl").write_text("".join(lines[n::3][::-1]))
     items.write_text("".join(items.read_text().splitlines(True)[::-1]))
@@ -108,7 +101,7 @@ def test_parts_and_order_of_the_files_change_nothing(tmp_path):
 @pytest.mark.parametrize("kind", ["json", "tsv", "csv"])
 def test_every_kind_of_file(tmp_path, kind):
     import csv
-    items, predictions = convert.write(file("mmbench_dev_20230712_llava15_13b"), tmp_path)
+    items, predictions = convert.write(known_file("mmbench_dev_20230712_llava15_13b.json"), tmp_path)
     whole, other = run("score", "mmbench", "--items", items, "--predictions", predictions, "--json"), []
     for f in (items, predictions):
         rows = [json.loads(x) for x in f.read_text().splitlines()]
@@ -122,14 +115,14 @@ def test_every_kind_of_file(tmp_path, kind):
 
 
 def test_a_comparison_of_two_published_models(tmp_path):
-    (items, b), (_, a) = convert.write(file("llavabench_llava15_reviews"), tmp_path / "7b", "7b"), convert.write(file("llavabench_llava15_reviews"), tmp_path / "13b", "13b")
+    (items, b), (_, a) = convert.write(known_file("llavabench_llava15_reviews.json"), tmp_path / "7b", "7b"), convert.write(known_file("llavabench_llava15_reviews.json"), tmp_path / "13b", "13b")
     status, out = run("compare", "llavabench", "--items", items, "--a", a, "--b", b, "--json")
     d = json.loads(out)
     assert status == 0 and round(d["difference"]["all"], 1) == 7.1 and d["intervals"]["all"][0] > 0 and d["p"]["all"] < .01 and d["left_out"] == 0
 
 
 def test_an_answer_without_a_verdict_needs_permission(tmp_path):
-    items, records = convert.write(file("mmvet_llava15_grades"), tmp_path, "7b")
+    items, records = convert.write(known_file("mmvet_llava15_grades.json"), tmp_path, "7b")
     lines = [json.loads(x) for x in records.read_text().splitlines()]
     lines[0]["reply"], lines[1]["reply"] = None, "nan"
     records.write_text("".join(json.dumps(x) + "\n" for x in lines))

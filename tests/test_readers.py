@@ -1,5 +1,4 @@
 """Every benchmark in its official format and as a data set: the same questions, the same words, and errors that name the record."""
-import base64
 import json
 import pickle
 import subprocess
@@ -13,7 +12,7 @@ import official_world as world
 from realign_nb.doctor import COUNTS, HOME, doctor, examine, print_doctor
 from realign_nb.join import FAMILIES, data_sha256, find_benchmark
 from realign_nb.readers import HUB, LETTER, MAX_NEW_TOKENS, OFFICIAL, PROMPTS, SHORT, prompt, read_items
-from realign_nb.sources import Picture, ReadError, in_folder, records
+from realign_nb.sources import Picture, ReadError, in_folder
 
 ALL = list(world.WRITERS)
 

@@ -1,10 +1,10 @@
 """Recipes: every one dry-run, the cost model against numbers from elsewhere, and one small training by a recipe."""
 import json, os, subprocess, sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 import pytest
 import yaml
-from realign_nb.arms import ARMS, TrainSettings, score_arms, train_config
+from realign_nb.arms import TrainSettings, score_arms, train_config
 from realign_nb.cli import main_train
 from realign_nb.compute import METHODS, SHAPES, Step, estimate, forward_flops, memory, step_flops
 from realign_nb.core import read_jsonl

@@ -15,7 +15,6 @@ from transformers import (CLIPImageProcessorPil, CLIPVisionConfig, JanusConfig, 
                           Qwen2_5_VLForConditionalGeneration)
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
-from trl.trainer.utils import pad
 import realign_nb.attention as A
 import realign_nb.rows as R
 from realign_nb.adapters import lora_config, projector_name

@@ -1,5 +1,5 @@
 """The commands as a user types them: one process each, a small world, photographs, bad input, and kills at bad moments."""
-import json, os, shutil, signal, subprocess, sys, time
+import json, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest

@@ -2,7 +2,6 @@
 import json, random, re, subprocess, sys
 from copy import deepcopy
 from fractions import Fraction
-from pathlib import Path
 import numpy as np
 import pytest
 from realign_nb.tables import (DENOMINATORS, MEASURED, RIM, TIES, Table, audit, average_rank, combine, count_behind, figure1_panels, figure4_points, latex, paper_data, published,

@@ -1,27 +1,22 @@
 """TextVQA and VizWiz: the normaliser's peculiarities one by one, soft accuracy, the upload file, and a published upload reproduced."""
 import itertools
 import json
-import os
 import random
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 
+from published import known_file
 from realign_nb.bench import parse, records, score
-from realign_nb.vqa import (CONTRACTIONS, FORMS, MARKS, NUMBERS, SOFT, FULL_STOP, answers_of, as_compared, normalise, question_in, soft_accuracy,
+from realign_nb.answers import MARKS
+from realign_nb.vqa import (CONTRACTIONS, FORMS, NUMBERS, SOFT, answers_of, as_compared, normalise, question_in, soft_accuracy,
                             textvqa_predictions, upload_rows, write_upload)
 
-KNOWN = [Path(os.environ["REALIGN_KNOWN_ANSWERS"])] if "REALIGN_KNOWN_ANSWERS" in os.environ else []
-KNOWN.append(Path(__file__).parent / "known_answers")
 RULES = ["llava", "vqa", "vlmevalkit"]
 
 
-def known(name):
-    for folder in KNOWN:
-        if (folder / name).exists(): return json.loads((folder / name).read_text())["rows"]
-    pytest.skip(f"{name} is not here; REALIGN_KNOWN_ANSWERS names the folder that holds it")
+def known(name): return json.loads(known_file(name).read_text(encoding="utf-8"))["rows"]
 
 
 # ---- the normaliser

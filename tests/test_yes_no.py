@@ -1,27 +1,21 @@
 """POPE, MME and HallusionBench: parses record by record, group counts, joins, and published scores from published answers."""
 import json
-import os
 import random
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from published import known_file
 from realign_nb.bench import compare, parse, score
 from realign_nb.yes_no import (BENCHMARKS, MME_SUMS, SPLITS, count_hallusion, failure_kinds, hallusion_metrics, image_only, mme_metrics,
                                pope_metrics, rule_disagreement)
 
-KNOWN = [Path(os.environ["REALIGN_KNOWN_ANSWERS"])] if "REALIGN_KNOWN_ANSWERS" in os.environ else []
-KNOWN.append(Path(__file__).parent / "known_answers")
 SUBTASKS = sum(MME_SUMS.values(), [])
 KEY = ("category", "subcategory", "set_id", "figure_id", "question_id")
 
 
-def known(name):
-    for folder in KNOWN:
-        if (folder / name).exists(): return json.loads((folder / name).read_text())
-    pytest.skip(f"{name} is not here; REALIGN_KNOWN_ANSWERS names the folder that holds it")
+def known(name): return json.loads(known_file(name).read_text(encoding="utf-8"))
 
 
 # ---- parses
